@@ -154,11 +154,11 @@ def inception(
     net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=str(path)).to(device)
     return Extractor(lambda x: net(x.add(1).mul(127.5).round().byte())[0], 'inception', 2048, _inception[1][:16], device)
 
-# %% ../nbs/07_metrics.ipynb #7c0f0282
+# %% ../nbs/07_metrics.ipynb #5d887234
 def features(
     extractor,     # an `Extractor`, or any batch -> features
     x,             # images (N, C, H, W), or an iterable of batches
-    batch:int=32,  # images at a time, where `x` is a tensor
+    batch:int=16,  # images at a time, where `x` is a tensor
 )->Tensor: # float32, (N, dim), on the CPU
     "Features of many images"
     if torch.is_tensor(x): x = x.split(batch)
