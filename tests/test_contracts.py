@@ -1,0 +1,69 @@
+"The three contracts under random shapes, times and values: Field, Schedule, Denoiser."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from spectral_diffusion.data import to_field, to_uint8
+from spectral_diffusion.denoisers import Denoiser, Gaussian, Mixture
+from spectral_diffusion.fourier import Noise, bands, hartley, irfftn, power_law, rapsd, rfftn
+from spectral_diffusion.samplers import samplers
+from spectral_diffusion.schedules import *
+
+settings.register_profile('book', max_examples=25, deadline=None); settings.load_profile('book')
+sizes = st.lists(st.integers(2, 9), min_size=1, max_size=3).map(tuple)
+clocks = dict(linear=linear, cosine=cosine, sigmoid=sigmoid, edm=edm, flow=flow, ddpm_linear=ddpm_linear, ddpm_cosine=ddpm_cosine)
+times = st.floats(.01, .99)
+def field(size, seed, n=2, c=2): return torch.randn(n, c, *size, generator=torch.Generator().manual_seed(seed))
+def spectral(sch, kind, size): return dict(white=lambda: sch, coloured=lambda: coloured(sch, power_law(size, 1.)), blurred=lambda: blurred(sch, size, .5))[kind]()
+
+@given(sizes, st.integers(0, 99))
+def test_transforms(size, seed):
+    x = field(size, seed)
+    assert torch.allclose(hartley(hartley(x)), x, atol=1e-5) and torch.allclose(irfftn(rfftn(x), size), x, atol=1e-5)
+    f, p = rapsd(x); n = bands(size).flatten().bincount()
+    assert torch.allclose((p*n).sum()/n.sum(), x.square().mean(), rtol=1e-4)
+
+@given(st.integers(0, 999))
+def test_range_round_trip(seed):
+    u = torch.randint(0, 256, (2,3,5,4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    x = to_field(u)
+    assert (to_uint8(x) == u).all() and -1 <= x.min() and x.max() <= 1
+
+@given(st.sampled_from([*clocks]), times)
+def test_clock(name, t):
+    s = clocks[name]()
+    assert abs(s.t_of(s.logsnr(torch.tensor(t, dtype=torch.float64))) - t) < 1e-6
+
+@pytest.mark.parametrize('kind', ['white', 'coloured', 'blurred'])
+@given(st.sampled_from([*clocks]), times, sizes, st.sampled_from(['eps','x0','v','u','F']), st.integers(0, 99))
+def test_denoiser_inverts_corruption(kind, name, t, size, target, seed):
+    "A network that answers its target exactly returns x0"
+    sch = spectral(clocks[name](), kind, size)
+    x0, eps = field(size, seed), field(size, seed+1)
+    a, s = sch.coeffs(t, x0)
+    if a.min() < 2e-2: return                      # the error is rounding / alpha
+    truth = sch.back(to_target(target, sch.to(x0), sch.to(eps), a, s, .7))
+    got = Denoiser(lambda x, l, c: truth, sch, target, .7)(sch.corrupt(x0, eps, t), t)
+    assert (got - x0).abs().max() < 2e-5*(1 + (a+s)/a).max()
+
+@given(st.sampled_from([*clocks]), st.sampled_from([*samplers]), st.integers(2, 12), sizes, st.integers(0, 99))
+def test_samplers_ask_inside_and_return_a_point(name, sampler, n, size, seed):
+    "One-point data are returned exactly, no question leaves (0, 1], NFE is what was asked"
+    sch, point, asked = clocks[name](), field(size, seed, 1), []
+    class Spy:
+        schedule = sch
+        def __call__(self, x, t, cond=None): asked.append(float(torch.as_tensor(t).max())); return Mixture(sch, point)(x, t)
+    r = samplers[sampler](Spy(), sch.prior((3, 2, *size), torch.Generator().manual_seed(seed)), grid_edm(sch, n), generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(r.x, point.expand_as(r.x), atol=1e-3)
+    assert r.nfe == len(asked) and 0 < min(asked) and max(asked) <= 1
+
+def test_range_mix_up_is_refused():
+    from spectral_diffusion.data import check_field
+    with pytest.raises(ValueError, match=r'\[0, 1\]'): check_field(torch.rand(8,3,8,8))
+
+def test_wiener_beats_every_other_gain():
+    "No other radial gain has a smaller error than the oracle's"
+    S = power_law((8,8), 2.); x = Noise(S)((2000,1,8,8), torch.Generator().manual_seed(0)); sch = cosine()
+    xt = sch.corrupt(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), .5)
+    best = Gaussian(sch, S/S.mean())(xt, .5)
+    err = lambda y: (y - x).square().mean()
+    for k in (.9, 1.1): assert err(best*k) > err(best)
+    assert err(Gaussian(sch, 1.)(xt, .5)) > err(best)

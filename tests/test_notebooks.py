@@ -1,0 +1,12 @@
+"Every chapter and every report runs from top to bottom, each in a process of its own, through nbdev's own command."
+import subprocess
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parent.parent
+notebooks = sorted([*(root/'nbs').glob('*.ipynb'), *(root/'reports').glob('*.ipynb')], key=lambda p: -p.stat().st_size)
+
+@pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
+def test_notebook(nb):
+    r = subprocess.run(['nbdev_test', '--path', str(nb), '--n_workers', '0'], cwd=root, capture_output=True, text=True)
+    assert r.returncode == 0 and 'Success' in r.stdout, r.stdout[-2000:] + r.stderr[-6000:]

@@ -1,0 +1,55 @@
+"The book's order, notebooks and modules in step, and nothing in them that belongs to one machine."
+import json, re, subprocess
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parent.parent
+cells = lambda nb, kind='code': [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == kind]
+chapters = {re.search(r'#\| default_exp (\w+)', '\n'.join(cells(nb)))[1]: nb for nb in sorted((root/'nbs').glob('[0-9]*.ipynb'))}
+number = {m: int(nb.name[:2]) for m, nb in chapters.items()}
+
+def imported(source):
+    "Chapters that a piece of source imports"
+    return set(re.findall(r'(?:from spectral_diffusion\.|^from \.|^\s+from \.)(\w+) import', source, re.M)) & set(number)
+
+def later(module, sources): return {m for s in sources for m in imported(s) if number[m] > number[module]}
+
+@pytest.mark.parametrize('module', chapters)
+def test_imports_downwards(module):
+    "In exported code and in examples"
+    assert not later(module, cells(chapters[module])), f'{chapters[module].name} imports later chapters'
+    own = imported((root/'spectral_diffusion'/f'{module}.py').read_text())
+    assert all(number[m] < number[module] for m in own - {module})
+
+def test_import_guard_fires():
+    assert later('fourier', ['from spectral_diffusion.samplers import *']) == {'samplers'}
+    assert later('fourier', ['    from .schedules import x']) == {'schedules'}
+
+@pytest.mark.parametrize('module', chapters)
+def test_file_name(module): assert chapters[module].stem[3:] == module
+
+@pytest.mark.parametrize('module', chapters)
+def test_in_step(module):
+    "Every exported cell stands in the module as it is (the CI also runs nbdev_export and looks for a difference)"
+    squeeze = lambda s: re.sub(r'\s+', '', '\n'.join(l for l in s.splitlines() if not l.lstrip().startswith(('#|', 'from ', 'import '))))
+    text = squeeze((root/'spectral_diffusion'/f'{module}.py').read_text())
+    for c in cells(chapters[module]):
+        if not re.match(r'#\|\s*export', c): continue
+        body = squeeze(c)
+        assert body in text, f'run nbdev_export: {c[:80]!r}'
+
+def test_notebooks_are_clean():
+    "No tracebacks, no execution counts, no path of somebody's machine"
+    for nb in [*(root/'nbs').glob('*.ipynb'), *(root/'reports').rglob('*.ipynb')]:
+        raw = nb.read_text(); d = json.loads(raw)
+        assert '"output_type": "error"' not in raw, nb
+        assert all(c.get('execution_count') is None for c in d['cells']), nb
+        assert not re.search(r'(?<![\w.])/(home|root|tmp|Users|work)/', raw), nb
+
+def test_templates_have_no_outputs():
+    for nb in (root/'reports').glob('*.ipynb'):
+        assert not any(c.get('outputs') for c in json.loads(nb.read_text())['cells']), f'{nb.name}: results belong in reports/results'
+
+def test_readme_is_rendered():
+    r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
