@@ -209,7 +209,7 @@ def read_image(
     im = ImageOps.fit(im.convert('L' if gray else 'RGB'), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(im)).view(size, size, -1).permute(2, 0, 1)
 
-# %% ../nbs/08_data.ipynb #5dc687d6
+# %% ../nbs/08_data.ipynb #d533c84b
 _suffixes = '.png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm'.split()
 
 def image_folder(
@@ -223,11 +223,13 @@ def image_folder(
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'no image folder {path}')
     files = sorted(f for f in path.rglob('*') if f.suffix.lower() in _suffixes and f.is_file())
-    if len(files) < 2: raise ValueError(f'{path} holds {len(files)} images, at least two are needed (one to train, one to test)')
+    if not files: raise ValueError(f'{path} holds no image: files named {_suffixes[0]}, {_suffixes[1]} and the like are read')
     def read(f):
         try: return read_image(f, size, gray)
         except Exception as e: raise ValueError(f'{f} is not an image that can be read: remove or repair it ({type(e).__name__})') from None
-    x = torch.stack([read(f) for f in progress(files, desc=path.name)])[torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
+    x = torch.stack([read(f) for f in progress(files, desc=path.name)])
+    if len(x) < 2: raise ValueError(f'{path} holds {len(x)} image, at least two are needed (one to train, one to test)')
+    x = x[torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
     return Images(path.resolve().name, *x.tensor_split([len(x) - min(max(round(test*len(x)), 1), len(x) - 1)]))
 
 # %% ../nbs/08_data.ipynb #29141ad6

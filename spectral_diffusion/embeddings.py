@@ -20,10 +20,10 @@ def waves(x:Tensor, # numbers, (B,)
     angle = x[:,None]*omega
     return torch.cat([angle.sin(), angle.cos()], -1)
 
-# %% ../nbs/10_embeddings.ipynb #b76ce661
+# %% ../nbs/10_embeddings.ipynb #0c2abf0b
 def smoothness(embed, # numbers (B,) -> features (B, dim)
                x:Tensor # ordered numbers, e.g. all noise levels of a table, (B,)
-              ) -> float: # mean cosine similarity of neighbours, -1 to 1; sound above .9
+              ) -> float: # mean cosine similarity of neighbours, -1 to 1; for a thousand levels sound above .9, and exactly 1 means deaf
     "Do neighbouring noise levels look alike?"
     E = embed(x)
     return torch.cosine_similarity(E[1:], E[:-1]).mean().item()

@@ -409,7 +409,7 @@ def nearest(
     d, o = d.sort(1)
     return d, idx.gather(1, o)
 
-# %% ../nbs/07_metrics.ipynb #841f5598
+# %% ../nbs/07_metrics.ipynb #52373fbd
 def copy_rate(
     fake:Tensor,    # samples (N, ...), images or features
     train:Tensor,   # what the model was trained on (M, ...)
@@ -419,7 +419,10 @@ def copy_rate(
 )->Score:
     "Share of samples nearer to the training set than a share `q` of held-out items; `q` if nothing is copied"
     df, dh = (nearest(x, train)[0][:,0] for x in (fake, heldout))
-    return bootstrap(lambda f,h: (f < h.quantile(q)).float().mean(), df, dh, name='copy rate', generator=generator)
+    s = bootstrap(lambda f,h: (f < h.quantile(q)).float().mean(), df, dh, name='copy rate', generator=generator)
+    n, p, z = len(fake), s.value, 1.96
+    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(p*(1-p)/n + (z/(2*n))**2)/(1 + z*z/n)
+    return s._replace(low=min(s.low, mid-half), high=max(s.high, mid+half))
 
 # %% ../nbs/07_metrics.ipynb #87cf3e4e
 class Row(NamedTuple):

@@ -6,13 +6,13 @@
 __all__ = ['Limits', 'logp', 'down', 'up', 'judge', 'thresholds', 'Judged', 'sample_diffrs', 'RatioHead', 'head_scores',
            'HeadFit', 'fit_head', 'head_step']
 
-# %% ../nbs/19_rejection.ipynb #5c765aca
+# %% ../nbs/19_rejection.ipynb #4008ed75
 import math, torch, torch.nn.functional as F
 from collections import namedtuple
 from copy import deepcopy
 from torch import nn, Tensor
 from .schedules import draw_t
-from .denoisers import features
+from .denoisers import bottleneck
 from .samplers import Sample
 from .metrics import bootstrap
 from .embeddings import LogSNREmbedding
@@ -57,7 +57,7 @@ def up(schedule, # its alpha and sigma
     (a,b), (a_,b_), X = schedule.coeffs(t, x), schedule.coeffs(s, x), schedule.to(x)
     return schedule.back(a/a_*X + (b**2 - (a/a_*b_)**2).clamp(min=0).sqrt()*_randn(X, generator))
 
-# %% ../nbs/19_rejection.ipynb #d5d39e70
+# %% ../nbs/19_rejection.ipynb #aefcaa32
 def judge(denoiser, # D(x_t, t) -> x0_hat
           log_ratio, # function (x_t, t) -> (B,), or a `RatioHead`
           x:Tensor, # x_t, (B, C, *S)
@@ -65,7 +65,7 @@ def judge(denoiser, # D(x_t, t) -> x0_hat
          ) -> tuple: # x0_hat, log ratio (B,)
     "Denoise and judge, with one call of the denoiser"
     if not hasattr(log_ratio, 'on_features'): return denoiser(x, t), log_ratio(x, t)
-    with torch.no_grad(): x0, h = features(denoiser, x, t)                # frozen, also while a head is trained
+    with torch.no_grad(): x0, h = bottleneck(denoiser, x, t)                # frozen, also while a head is trained
     return x0, log_ratio.on_features(h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).to(h).expand(len(x)))
 
 # %% ../nbs/19_rejection.ipynb #eabb7f9a
@@ -171,13 +171,13 @@ class RatioHead(nn.Module):
 
     on_features = forward
 
-# %% ../nbs/19_rejection.ipynb #270d0289
+# %% ../nbs/19_rejection.ipynb #ca239571
 @torch.no_grad()
 def head_scores(log_ratio, # function (x_t, t) -> (B,), or a `RatioHead`
                 denoiser, # frozen, with a `schedule`
                 real:Tensor, # real fields, (N, C, *S)
                 fake:Tensor, # generated fields, (M, C, *S)
-                draws:int=8, # noise levels per field
+                draws:int=4, # noise levels per field
                 density=None, # of the noise levels, u -> log-SNR; None: uniform t
                 generator=None # source of levels and noise, on the CPU
                ) -> tuple: # accuracy and log-loss, each a `Score` with its 95% interval over fields
@@ -201,7 +201,7 @@ class HeadFit(namedtuple('HeadFit', 'train held train_loss held_loss steps curve
         verdict = f"{'better' if self.useful else 'NOT better'} than no judge (.693) on held-out fields" + '; MEMORISED'*self.memorised
         return f'train    accuracy {s(self.train, self.train_loss)}\nheld-out accuracy {s(self.held, self.held_loss)}\n{verdict}; step {self.steps}'
 
-# %% ../nbs/19_rejection.ipynb #d0b1e1c7
+# %% ../nbs/19_rejection.ipynb #5f698ec1
 def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); trained in place
              denoiser, # frozen, with a `schedule`
              real:Tensor, # real fields, (N, C, *S)
@@ -219,7 +219,7 @@ def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); traine
     (hr, tr), (hf, tf) = (x[torch.randperm(len(x), generator=generator)].split([k := int(held*len(x)), len(x)-k]) for x in (real, fake))
     if min(len(hr), len(hf)) < 2: raise ValueError(f'{len(real)} real and {len(fake)} generated fields leave fewer than 2 to hold out: give more, or raise held={held}')
     noise_seed = torch.randint(2**31, (1,), generator=generator).item()
-    score = lambda a, b: head_scores(head.eval(), denoiser, a, b, 8, density, torch.Generator().manual_seed(noise_seed))
+    score = lambda a, b: head_scores(head.eval(), denoiser, a, b, 4, density, torch.Generator().manual_seed(noise_seed))
     opt, curve = torch.optim.AdamW(head.parameters(), lr, weight_decay=1e-2), [(0, score(hr, hf)[1].value)]
     best = (curve[0][1], 0, deepcopy(head.state_dict()))
     for step in range(1, steps+1):

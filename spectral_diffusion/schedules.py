@@ -8,13 +8,13 @@ __all__ = ['vp', 've', 'flow_path', 'Schedule', 'expand', 'linear', 'cosine', 's
            'from_target', 'x0_per_target', 'w_plain', 'w_min_snr', 'w_edm', 'lognormal', 'draw_t', 'pdf',
            'grid_uniform', 'grid_trailing', 'grid_logsnr', 'grid_edm']
 
-# %% ../nbs/04_schedules.ipynb #1c12dfe3
+# %% ../nbs/04_schedules.ipynb #16231dd9
 import torch, math
 from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.special import ndtri
 from fastcore.basics import patch
-from .fourier import hartley, freqs, Noise
+from .fourier import hartley, freqs, noise_like, Noise
 
 # %% ../nbs/04_schedules.ipynb #da5904c8
 def vp(logsnr:Tensor) -> tuple:
@@ -29,7 +29,7 @@ def flow_path(logsnr:Tensor) -> tuple:
     "alpha and sigma with alpha + sigma = 1"
     return (logsnr/2).sigmoid(), (-logsnr/2).sigmoid()
 
-# %% ../nbs/04_schedules.ipynb #7bb0174b
+# %% ../nbs/04_schedules.ipynb #603f8c7f
 @dataclass(frozen=True)
 class Schedule:
     "x_t = alpha x0 + sigma eps, for t in (0, 1], diagonal in the coordinates of `to` and `back`"
@@ -38,8 +38,14 @@ class Schedule:
     t_of: object         # log-SNR -> t
     path: object = vp    # log-SNR -> (alpha, sigma)
     filter: object = None # t -> gains of alpha and of sigma per frequency, (*S); None: both 1
+    size: tuple = None   # the spatial size S that the filter is for
 
-    def to(self, x): return hartley(x) if self.filter else x
+    def __post_init__(self):
+        raw = self.t_of
+        object.__setattr__(self, 't_of', lambda l: raw(l.clamp(-80, 80)).clamp(0, 1))   # a clock ends at 0 and 1
+    def to(self, x):
+        if self.size and x.shape[2:] != self.size: raise ValueError(f'{self.name} is for fields of {self.size}, this one is {tuple(x.shape[2:])}')
+        return hartley(x) if self.filter else x
     def back(self, X): return hartley(X) if self.filter else X
     def alpha(self, t): return self.path(self.logsnr(_d(t)))[0]
     def sigma(self, t): return self.path(self.logsnr(_d(t)))[1]
@@ -78,7 +84,7 @@ def corrupt(self:Schedule,
     a, s = self.coeffs(t, x0)
     return self.back(a*self.to(x0) + s*self.to(eps))
 
-# %% ../nbs/04_schedules.ipynb #a7085ed8
+# %% ../nbs/04_schedules.ipynb #e79d8bab
 @patch
 def prior(self:Schedule,
           shape:tuple, # (B, C, *S)
@@ -88,7 +94,7 @@ def prior(self:Schedule,
           var=1. # variance of the data per coordinate, broadcasts over the coordinates
          ) -> Tensor:
     "Draw x_t from the Gaussian that matches the data's mean and variance"
-    x = torch.randn(shape, generator=generator, device=generator.device if generator else None)
+    x = noise_like(torch.empty(shape, device=generator.device if generator else None), generator)
     a, s = self.coeffs(t, x)
     return self.back(a*self.to(torch.zeros_like(x) + mean) + (a**2*var + s**2).sqrt()*self.to(x))
 
@@ -192,15 +198,20 @@ def zero_terminal(abar # alpha^2 after each of K steps, (K,)
     a = _d(abar).sqrt()
     return ((a - a[-1])*a[0]/(a[0] - a[-1]))**2
 
-# %% ../nbs/04_schedules.ipynb #61306d8c
+# %% ../nbs/04_schedules.ipynb #33af0fb1
+def _filtered(schedule, how, size, filter):
+    if schedule.filter: raise ValueError(f'{schedule.name} has a filter already, and a second one would replace it: start from a plain clock')
+    return replace(schedule, name=f'{how} {schedule.name}', filter=filter, size=size)
+
+# %% ../nbs/04_schedules.ipynb #0bf37cbc
 def coloured(schedule:Schedule, # any schedule
              psd:Tensor # power of the noise per frequency, (*S), as in `Noise`
             ) -> Schedule:
     "The same clock with noise whose power follows `psd` (mean 1)"
     gain = Noise(psd).gain.double()
-    return replace(schedule, name=f'coloured {schedule.name}', filter=lambda t: (1., gain.to(t.device)))
+    return _filtered(schedule, 'coloured', tuple(psd.shape), lambda t: (1., gain.to(t.device)))
 
-# %% ../nbs/04_schedules.ipynb #40ed6f57
+# %% ../nbs/04_schedules.ipynb #78171537
 def blurred(schedule:Schedule, # any schedule
             size:tuple, # spatial size, S
             width:float=4., # blur at t = 1, pixels (standard deviation of the kernel)
@@ -211,7 +222,7 @@ def blurred(schedule:Schedule, # any schedule
     def filter(t):
         w = width*(t*math.pi/2).sin()**2
         return (1-floor)*(-f2.to(t.device)*w**2/2).exp() + floor, 1.
-    return replace(schedule, name=f'blurred {schedule.name}', filter=filter)
+    return _filtered(schedule, 'blurred', tuple(size), filter)
 
 # %% ../nbs/04_schedules.ipynb #52b2acd9
 def target_row(name:str, # one of eps, x0, v, u, F
@@ -237,7 +248,7 @@ def to_target(name:str, # one of eps, x0, v, u, F
     p, q = target_row(name, alpha, sigma, sd)
     return p*x0 + q*eps
 
-# %% ../nbs/04_schedules.ipynb #59f2ddda
+# %% ../nbs/04_schedules.ipynb #40ee0a99
 def from_target(name:str, # one of eps, x0, v, u, F
                 pred:Tensor, # the network's answer
                 x:Tensor, # x_t, in the same coordinates
@@ -248,7 +259,8 @@ def from_target(name:str, # one of eps, x0, v, u, F
     "Solve x_t = alpha x0 + sigma eps, pred = p x0 + q eps for x0 and eps"
     p, q = target_row(name, alpha, sigma, sd)
     det = alpha*q - sigma*p
-    if name == 'eps' and alpha.min() < 1e-5: raise ValueError('eps says nothing about x0 where alpha = 0 (zero SNR): start below t = 1, or use target v, u, F or x0')
+    if name == 'eps' and not alpha.is_cuda and alpha.min() < 1e-5:   # (on a GPU the look would stall its queue)
+        raise ValueError('eps says nothing about x0 where alpha = 0 (zero SNR): start below t = 1, or use target v, u, F or x0')
     return (q*x - sigma*pred)/det, (alpha*pred - p*x)/det
 
 # %% ../nbs/04_schedules.ipynb #1eec8efb

@@ -6,7 +6,7 @@
 __all__ = ['denoising_loss', 'lr_scale', 'Stop', 'call', 'fit', 'EMA', 'Log', 'LiveLoss', 'save_weights', 'load_weights',
            'Checkpoint']
 
-# %% ../nbs/15_training.ipynb #b0ae9512
+# %% ../nbs/15_training.ipynb #a47e604b
 import math, time, torch, matplotlib.pyplot as plt
 from IPython.display import display
 from pathlib import Path
@@ -15,10 +15,11 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 from safetensors.torch import load_file, save_file
 from .runs import Run, progress, replacing
+from .fourier import noise_like
 from .schedules import draw_t, to_target, x0_per_target
 from .denoisers import Denoiser
 
-# %% ../nbs/15_training.ipynb #c001a2bb
+# %% ../nbs/15_training.ipynb #4eff9de8
 def denoising_loss(denoiser:Denoiser, # network, target and schedule
                    x0:Tensor, # clean fields, (B, C, *S)
                    t:Tensor, # times, (B,), in (0, 1]
@@ -32,7 +33,9 @@ def denoising_loss(denoiser:Denoiser, # network, target and schedule
     X0, E = sch.to(x0), sch.to(eps)
     pred = denoiser.predict(sch.back(a*X0 + s*E), t, cond)
     err = (sch.to(pred.float()) - to_target(name, X0, E, a, s, sd)).square()
-    if weight: err = err*weight(2*(a/s).log())*x0_per_target(name, a, s, sd)**2
+    if weight:
+        a = a.clamp(min=1e-6)                       # at zero SNR both factors have limits, and their product too
+        err = err*weight(2*(a/s).log())*x0_per_target(name, a, s, sd)**2
     return err.flatten(1).mean(1)
 
 # %% ../nbs/15_training.ipynb #c2cfc13e
@@ -51,9 +54,9 @@ def call(s, callbacks, when):
     for c in callbacks:
         if hasattr(c, when): getattr(c, when)(s)
 
-# %% ../nbs/15_training.ipynb #6b51f1ab
+# %% ../nbs/15_training.ipynb #8fee8a76
 def fit(denoiser:Denoiser, # trained in place
-        data, # iterator of clean fields (B, C, *S), or of pairs (fields, condition)
+        data, # endless iterable of clean fields (B, C, *S), or of pairs (fields, condition)
         steps:int, # optimiser steps
         lr:float=1e-3, # peak learning rate
         density=None, # where to train: u -> log-SNR; None: uniform t
@@ -62,22 +65,22 @@ def fit(denoiser:Denoiser, # trained in place
         clip:float=1., # largest gradient norm
         loss=denoising_loss, # (denoiser, x0, t, eps, cond, weight) -> (B,)
         bf16:bool=False, # run the network in bfloat16?
-        generator:torch.Generator=None, # source of times and noise, on the denoiser's device
+        generator:torch.Generator=None, # source of times and noise, on any device
         callbacks=() # objects with before, after_step, after
        ) -> SimpleNamespace: # the state after the last step
     "Train a denoiser; AdamW, warm-up and cosine, clipped gradients"
-    dev, params = next(denoiser.parameters()).device, [*denoiser.parameters()]
+    dev, params, data = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)
     opt = torch.optim.AdamW(params, lr, betas=(.9, .99), weight_decay=0., fused=True)
     s = SimpleNamespace(denoiser=denoiser, opt=opt, steps=steps, step=0, loss=None, lr=0., items=0, t0=time.time())
     denoiser.train(); call(s, callbacks, 'before')
     try:
-        for s.step in progress(range(1, steps+1), desc='train'):
-            batch = next(data)
+        for s.step in progress(range(1, steps+1), desc='train'):          # the counter lives in the state
+            if (batch := next(data, None)) is None: raise ValueError(f'the data ran out after {s.step-1} steps: pass an endless iterable, such as Batches')
             x0, cond = (b.to(dev) for b in batch) if isinstance(batch, (tuple, list)) else (batch.to(dev), None)
             opt.param_groups[0]['lr'] = s.lr = lr*lr_scale(s.step-1, steps, min(warmup, steps//5))
-            t = draw_t(denoiser.schedule, len(x0), density, generator)
-            eps = torch.randn(x0.shape, generator=generator, device=dev)
+            t, eps = draw_t(denoiser.schedule, len(x0), density, generator).to(dev), noise_like(x0, generator)
             with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): s.loss = loss(denoiser, x0, t, eps, cond, weight).mean()
+            if s.step % 20 == 1 and not s.loss.isfinite(): raise FloatingPointError(f'the loss is {s.loss.item()} at step {s.step}: lower lr (now {s.lr:.2g}) or check the data')
             opt.zero_grad(); s.loss.backward()
             s.norm = nn.utils.clip_grad_norm_(params, clip)
             opt.step(); s.items += len(x0)
@@ -86,12 +89,14 @@ def fit(denoiser:Denoiser, # trained in place
     denoiser.eval(); call(s, callbacks, 'after')
     return s
 
-# %% ../nbs/15_training.ipynb #9190cb9e
+# %% ../nbs/15_training.ipynb #38d9fb95
 class EMA:
     "Exponential moving average of the weights, with warm-up; `ema.model` is a denoiser like any other"
     def __init__(self,
         decay:float=.999 # largest decay per step, below 1
-    ): self.decay = decay
+    ):
+        if not 0 <= decay < 1: raise ValueError(f'decay={decay} must be at least 0 and below 1')
+        self.decay = decay
     def before(self, s):
         def average(avg, new, n):
             d = min(self.decay, (1+int(n))/(10+int(n)))

@@ -48,12 +48,12 @@ class ResBlock(nn.Module):
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         return self.skip(x) + self.conv2(self.drop(h))
 
-# %% ../nbs/12_unets.ipynb #b218c1e7
+# %% ../nbs/12_unets.ipynb #917ccf55
 class Attention(nn.Module):
     "Multi-head self-attention over all positions of a field, as a residual"
     def __init__(self, channels, head=32):
         super().__init__()
-        self.norm,self.heads = norm(channels), max(1, channels//head)
+        self.norm,self.heads = norm(channels), max(h for h in range(1, channels//head+2) if channels % h == 0)
         self.qkv,self.out = nn.Linear(channels, 3*channels), zero(nn.Linear(channels, channels))
 
     def forward(self, x):
@@ -62,13 +62,13 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(h).transpose(1, 2).view_as(x)
 
-# %% ../nbs/12_unets.ipynb #39729955
+# %% ../nbs/12_unets.ipynb #1a8d1e5f
 class Bottleneck(nn.Module):
-    "The innermost level; its output is what `features` returns"
+    "The innermost level; its output is what `bottleneck` returns"
     def __init__(self, a, attn, b): super().__init__(); self.a,self.attn,self.b = a,attn,b
     def forward(self, h, e): return self.b(self.attn(self.a(h, e)), e)
 
-# %% ../nbs/12_unets.ipynb #7f4f2765
+# %% ../nbs/12_unets.ipynb #9979e320
 class UNet(nn.Module):
     "(x, log-SNR, class) -> answer of x's shape, for 1, 2 or 3 spatial dims"
     def __init__(self,
@@ -83,6 +83,7 @@ class UNet(nn.Module):
         classes:int=0 # number of class labels; 0: unconditional
     ):
         super().__init__()
+        if blocks < 1 or any(a not in range(len(mults)) for a in attn): raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} must name levels below {len(mults)}')
         emb, k = 4*base, dict(kernel_size=patch, stride=patch) if patch > 1 else dict(kernel_size=3, padding=1)
         res = lambda i, o: ResBlock(dim, i, o, emb, dropout)
         step = lambda i, level, o: nn.ModuleList([res(i, o), Attention(o) if level in attn else nn.Identity()])
@@ -95,7 +96,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(step(i+o, l, o) for i, l, o in zip([c]+width[::-1], levels[::-1], width[::-1]))
         last = layer('ConvTranspose' if patch > 1 else 'Conv', dim)(width[0], channels, **k)
         self.head = nn.Sequential(norm(width[0]), nn.SiLU(), zero(last))
-        self.pool,self.blocks = layer('AvgPool', dim)(2, ceil_mode=True), blocks
+        self.pool,self.blocks,self.patch = layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch
         self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.to(memory_format=self.layout)
 
@@ -113,7 +114,7 @@ def embed(self:UNet,
     none = torch.full((len(e),), self.classes.num_embeddings-1, device=e.device)
     return e + self.classes(none if cond is None else cond)
 
-# %% ../nbs/12_unets.ipynb #1c700f49
+# %% ../nbs/12_unets.ipynb #fa7c1a79
 @patch
 def forward(self:UNet,
             x:Tensor, # scaled noisy field, (B, C, *S)
@@ -121,6 +122,7 @@ def forward(self:UNet,
             cond=None # class labels (B,) or None
            ) -> Tensor: # the answer, (B, C, *S)
     "Down, across and up"
+    if any(n % self.patch for n in x.shape[2:]): raise ValueError(f'a field of {tuple(x.shape[2:])} cannot be cut into patches of side {self.patch}')
     e, h, skips = self.embed(logsnr, cond), self.stem(x.contiguous(memory_format=self.layout)), []
     for i, (block, attn) in enumerate(self.down):
         if i and i % self.blocks == 0: h = self.pool(h)
