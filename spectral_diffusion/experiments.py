@@ -6,7 +6,7 @@
 __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_parameters', 'run_name', 'run_state', 'must_run',
            'clear', 'inner_progress', 'live', 'LiveEngine', 'to_html', 'execute', 'RunFailed', 'failure', 'run_report',
            'run_reports', 'list_reports', 'sdiff_run', 'leaks', 'private_paths', 'clean_report', 'publishable',
-           'promote', 'relink', 'render_readme', 'readme', 'sdiff_readme', 'sdiff_promote']
+           'promote', 'relink', 'render_readme', 'readme', 'sdiff_readme', 'sdiff_promote', 'find_optimal_steps']
 
 # %% ../nbs/22_experiments.ipynb #f14107a7
 import argparse, ast, difflib, hashlib, json, logging, os, posixpath, re, shutil, sys, tempfile, threading, time, traceback
@@ -467,3 +467,13 @@ def sdiff_promote(
     a = p.parse_args(argv)
     try: print(os.path.relpath(promote(a.run, allow_dirty=a.allow_dirty)))
     except (ValueError, OSError) as e: sys.exit(str(e))
+
+# %% ../nbs/22_experiments.ipynb #63c39ce0
+def find_optimal_steps(
+    score, # steps -> score with `value` and `low` (lower is better), such as `Score`
+    ns,    # step counts to try
+):         # smallest number that is enough, and all scores by steps
+    "The fewest steps that the best score cannot be told from"
+    scores = {n: score(n) for n in sorted(ns)}
+    best = min(s.value for s in scores.values())
+    return next(n for n,s in scores.items() if s.low <= best), scores
