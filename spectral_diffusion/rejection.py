@@ -66,7 +66,7 @@ def judge(denoiser, # D(x_t, t) -> x0_hat
     "Denoise and judge, with one call of the denoiser"
     if not hasattr(log_ratio, 'on_features'): return denoiser(x, t), log_ratio(x, t)
     with torch.no_grad(): x0, h = bottleneck(denoiser, x, t)                # frozen, also while a head is trained
-    return x0, log_ratio.on_features(h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).to(h).expand(len(x)))
+    return x0, log_ratio.on_features(h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).clamp(-20, 20).to(h).expand(len(x)))
 
 # %% ../nbs/19_rejection.ipynb #eabb7f9a
 Limits = namedtuple('Limits', 'level step nfe')
