@@ -18,7 +18,7 @@ from .metrics import Score
 from .data import show
 from .training import denoising_loss, fit
 
-# %% ../nbs/20_diagnostics.ipynb #34b8e1e1
+# %% ../nbs/20_diagnostics.ipynb #8c86e8c4
 @torch.no_grad()
 def local_grid(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                x0:Tensor, # clean images, (B, C, H, W)
@@ -27,9 +27,9 @@ def local_grid(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                title:str='' # of the figure
               ):
     "Show x0 | x_t | x0_hat for every t; returns the figure"
-    fig, axs = plt.subplots(1, len(ts), figsize=(1.7*len(ts), .5*len(x0)+.6), layout='constrained')
+    fig, axs = plt.subplots(1, len(ts), figsize=(1.7*len(ts), .5*len(x0)+.6), layout='constrained', squeeze=False)
     eps = noise_like(x0, generator)
-    for ax, t in zip(axs, ts):
+    for ax, t in zip(axs[0], ts):
         xt = denoiser.schedule.corrupt(x0, eps, t)
         show(torch.stack([x0, xt, denoiser(xt, t)], 1).flatten(0, 1).clamp(-1, 1), 3, f't = {t}', ax)
     fig.suptitle(title or 'x0 | x_t | x0_hat')

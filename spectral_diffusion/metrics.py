@@ -236,13 +236,14 @@ def enough(
     "The smallest n for a Frechet distance: 2,000 for 1,280 features, others in proportion"
     return math.ceil(2000/1280*dim)
 
-# %% ../nbs/07_metrics.ipynb #c89b2bf8
+# %% ../nbs/07_metrics.ipynb #c995c6d8
 def frechet(
     a:FrechetStats, # one set
     b:FrechetStats, # the other
     min_n:int=None, # fewest images allowed; None: `enough(dim)`
 )->float:
     "Squared Frechet distance between Gaussians fitted to `a` and `b` (Heusel et al. 2017)"
+    if torch.is_tensor(a) or torch.is_tensor(b): raise TypeError('frechet compares FrechetStats: wrap features in stats_of(...)')
     _same_features(a, b)
     need, n = enough(len(a.s1)) if min_n is None else min_n, min(a.n, b.n)
     if n < need: raise ValueError(f'a Frechet distance over {len(a.s1)} features needs n >= {need:,} images on each side, got {n:,}: draw more, or use kid')
