@@ -31,7 +31,8 @@ def no_temps(lab): assert not list(lab.rglob('.tmp-*')) and not list(lab.rglob('
 def start_and_wait(lab):
     "A runner whose report hangs in a cell, once it got there, and its kernel"
     make_report(lab, '01_wait', wait)
-    p = subprocess.Popen([*cli, '01_wait'], cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # a background shell makes its children deaf to Ctrl-C
+    p = subprocess.Popen([*cli, '01_wait'], cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear)
     t0 = time.time()
     while not (lab/'runs/01_wait/smoke/checkpoints/here').exists():
         assert p.poll() is None and time.time()-t0 < 40, p.stdout.read()
