@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Denoiser', 'check_times', 'bottleneck', 'Gaussian', 'wiener_floor', 'Linear', 'Mixture']
 
-# %% ../nbs/05_denoisers.ipynb #f7f8e035
-import torch, math
+# %% ../nbs/05_denoisers.ipynb #e298205e
+import torch
 from torch import nn, Tensor
 from .fourier import hartley, same_size
 from .schedules import Schedule, from_target, target_row, _d

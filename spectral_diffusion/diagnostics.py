@@ -191,25 +191,21 @@ def learning(denoiser, # the model that is evaluated
     m, h = r.mean(), 2.365*r.std()/len(r)**.5
     return Score(*(v.exp().item() for v in (m, m-h, m+h)), len(x0), 'error / linear')
 
-# %% ../nbs/20_diagnostics.ipynb #8d25b1a8
-def check_learning(denoiser, # the model that is evaluated
-                   x0:Tensor, # held-out fields
-                   train:Tensor, # training fields, for the linear denoiser
-                   seed:int=0 # of the noise
+# %% ../nbs/20_diagnostics.ipynb #11fbccc1
+def check_learning(s:Score # from `learning`
                   ) -> Check:
     "Is the model better than the best linear denoiser on held-out data?"
-    s = learning(denoiser, x0, train, seed)
     return Check('held-out error against linear', s.value < 1.,
                  f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}] of the best linear denoiser's error (log-SNR -2 to 4)")
 
-# %% ../nbs/20_diagnostics.ipynb #7a164883
-Triage = namedtuple('Triage', 'verdict checks')
+# %% ../nbs/20_diagnostics.ipynb #1ba5b7ab
+Triage = namedtuple('Triage', 'verdict checks power')
 def _table(self):
     rows = ['| check | | evidence |', '|---|---|---|'] + [f"| {c.name} | {'ok' if c.ok else '**fails**'} | {c.evidence} |" for c in self.checks]
     return '\n'.join([f'Verdict: **{self.verdict}**', '', *rows])
 Triage._repr_markdown_ = Triage.table = _table
 
-# %% ../nbs/20_diagnostics.ipynb #e087d043
+# %% ../nbs/20_diagnostics.ipynb #b770d077
 def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
            x0:Tensor, # held-out fields, as evaluation sees them, (N, C, *S)
            batch:Tensor, # fields as the training loop sees them; many
@@ -225,6 +221,7 @@ def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
     parts = [check_steps(sampler, sch, grid, x0[:64], g), check_gaussian(sampler, sch, grid, x0, g), check_range(batch, x0),
              check_time(denoiser, x0, g), check_weights(denoiser, online or denoiser, x0, seed),
              check_one_image(online or denoiser, sampler, grid, x0[:1], loss, seed=seed)]
-    power = check_learning(denoiser, x0, batch if train is None else train, seed)
-    verdict = 'healthy' if power.ok else 'underpowered'
-    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, power])
+    power = learning(denoiser, x0, batch if train is None else train, seed)
+    last = check_learning(power)
+    verdict = 'healthy' if last.ok else 'underpowered'
+    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, last], power)

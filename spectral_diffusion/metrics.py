@@ -8,13 +8,12 @@ __all__ = ['Score', 'bootstrap', 'drop', 'jackknife', 'Extractor', 'load_checked
            'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'kid', 'covered', 'precision_recall',
            'rapsd_distance', 'nearest', 'copy_rate', 'Row', 'metric_name', 'scorecard', 'score_table']
 
-# %% ../nbs/07_metrics.ipynb #678ac791
+# %% ../nbs/07_metrics.ipynb #8e273446
 import hashlib, io, math, operator, torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from safetensors import safe_open
 from safetensors.torch import save_file

@@ -6,7 +6,7 @@ import pytest, torch, warnings
 from functools import partial
 from spectral_diffusion import samplers as S
 from spectral_diffusion.samplers import samplers, stochastic, adaptive, grid_size, Sample
-from spectral_diffusion.fourier import hartley, power_law
+from spectral_diffusion.fourier import power_law
 from spectral_diffusion.schedules import *
 from spectral_diffusion.denoisers import Gaussian
 

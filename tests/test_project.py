@@ -60,3 +60,13 @@ def test_templates_have_no_outputs():
 def test_readme_is_rendered():
     r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
+
+def test_full_size_is_built():
+    "The quickstart's network for a GPU, on the meta device: no memory, but every shape"
+    import torch
+    from spectral_diffusion.unets import UNet, n_params
+    space = dict(size='full', seed=0, steps=0, digits=None, photos=None)
+    exec(next(c for c in cells(root/'reports'/'00_quickstart.ipynb') if 'sizes = dict(' in c), space)
+    with torch.device('meta'): net = UNet(2, **space['s']['net'])
+    assert n_params(net) == 29_698_563
+    assert net(torch.empty(2, 3, 32, 32, device='meta'), torch.empty(2, device='meta')).shape == (2, 3, 32, 32)
