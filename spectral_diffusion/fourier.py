@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spatial', 'rfftn', 'irfftn', 'hartley', 'freqs', 'bands', 'band_mean', 'rapsd', 'noise_like', 'same_size', 'Noise',
-           'power_law', 'psd_of', 'plot_psd']
+           'power_law', 'psd_of', 'plot_psd', 'dct', 'idct', 'haar', 'unhaar']
 
 # %% ../nbs/03_fourier.ipynb #5372642e
 import torch, math
@@ -129,3 +129,72 @@ def plot_psd(ax, # matplotlib axes
     ax.set(xlabel='frequency (cycles/pixel)', ylabel='power')
     ax.set_xticks([t for t in (.01,.02,.05,.1,.2,.5) if t >= f[1]/1.5], minor=False)
     ax.xaxis.set_major_formatter(ScalarFormatter()); ax.xaxis.set_minor_formatter(NullFormatter())
+
+# %% ../nbs/03_fourier.ipynb #432aa5d2
+def _along(f, x):
+    "Apply a transform of the last dim to every spatial dim"
+    for d in spatial(x): x = f(x.movedim(d, -1)).movedim(-1, d)
+    return x.contiguous()
+
+def _turn(n, like):
+    "Scale and phase that turn the FFT of n reordered samples into their DCT"
+    k = torch.arange(n).double()
+    return torch.polar(((1 + (k > 0).double())/n).sqrt(), -.5*math.pi*k/n).to(like.device, like.dtype.to_complex())
+
+# %% ../nbs/03_fourier.ipynb #8b8d6e3f
+def _dct(x):
+    v = torch.cat([x[...,::2], x[...,1::2].flip(-1)], -1)
+    return (torch.fft.fft(v)*_turn(x.shape[-1], x)).real
+
+def _idct(c):
+    n, t = c.shape[-1], _turn(c.shape[-1], c)
+    c = c/t.abs()
+    V = torch.complex(c, -torch.cat([c.new_zeros(c[...,:1].shape), c[...,1:].flip(-1)], -1))*(t/t.abs()).conj()
+    v, x = torch.fft.irfft(V[...,:n//2+1], n=n), torch.empty_like(c)
+    x[...,::2], x[...,1::2] = v[...,:(n+1)//2], v[...,(n+1)//2:].flip(-1)
+    return x
+
+# %% ../nbs/03_fourier.ipynb #0ac3c1ac
+def dct(x:Tensor # real field, (B, C, *S)
+       ) -> Tensor: # same shape, the mean first along each dim
+    "Orthonormal DCT-II over the spatial dims"
+    return _along(_dct, x)
+
+def idct(X:Tensor # coefficients from `dct`, (B, C, *S)
+        ) -> Tensor: # real field, same shape
+    "Inverse of `dct`"
+    return _along(_idct, X)
+
+# %% ../nbs/03_fourier.ipynb #8082660c
+def _split(x):
+    n = x.shape[-1]//2*2
+    a, b = x[...,:n:2], x[...,1:n:2]
+    return torch.cat([(a + b)*.5**.5, x[...,n:], (a - b)*.5**.5], -1)
+
+def _join(y):
+    n, x = y.shape[-1], torch.empty_like(y)
+    a, b = y[...,:n//2], y[...,n - n//2:]
+    x[...,:n//2*2:2], x[...,1:n//2*2:2], x[...,n//2*2:] = (a + b)*.5**.5, (a - b)*.5**.5, y[...,n//2:n - n//2]
+    return x
+
+# %% ../nbs/03_fourier.ipynb #d160d03e
+def _corner(x): return ..., *[slice((n + 1)//2) for n in x.shape[2:]]
+
+def haar(x:Tensor, # real field, (B, C, *S)
+         levels:int=None # times that the sums are split again; None: until one is left
+        ) -> Tensor: # same shape; the sums of each level in the first corner
+    "Orthonormal Haar wavelet transform over the spatial dims"
+    if levels == 0 or max(x.shape[2:], default=1) == 1: return x
+    y = _along(_split, x)
+    y[_corner(y)] = haar(y[_corner(y)].clone(), levels and levels - 1)
+    return y
+
+# %% ../nbs/03_fourier.ipynb #ab2454c2
+def unhaar(y:Tensor, # coefficients from `haar`, (B, C, *S)
+           levels:int=None # as given to `haar`
+          ) -> Tensor: # real field, same shape
+    "Inverse of `haar`"
+    if levels == 0 or max(y.shape[2:], default=1) == 1: return y
+    y = y.clone()
+    y[_corner(y)] = unhaar(y[_corner(y)].clone(), levels and levels - 1)
+    return _along(_join, y)

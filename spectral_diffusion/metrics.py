@@ -6,7 +6,8 @@
 __all__ = ['Score', 'bootstrap', 'drop', 'jackknife', 'Extractor', 'load_checked', 'fold_bn', 'lite0_net', 'efflite0',
            'inception', 'features', 'FrechetStats', 'save_stats', 'load_stats', 'enough', 'frechet', 'stats_of',
            'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'kid', 'covered', 'precision_recall',
-           'rapsd_distance', 'nearest', 'copy_rate', 'Row', 'metric_name', 'scorecard', 'score_table']
+           'rapsd_distance', 'nearest', 'copy_rate', 'kth_distance', 'kl_knn', 'sliced_wasserstein', 'two_sample_p',
+           'Row', 'metric_name', 'scorecard', 'score_table']
 
 # %% ../nbs/07_metrics.ipynb #8e273446
 import hashlib, io, math, operator, torch, torch.nn.functional as F
@@ -423,6 +424,56 @@ def copy_rate(
     n, p, z = len(fake), s.value, 1.96
     mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(p*(1-p)/n + (z/(2*n))**2)/(1 + z*z/n)
     return s._replace(low=min(s.low, mid-half), high=max(s.high, mid+half))
+
+# %% ../nbs/07_metrics.ipynb #eeb3879a
+def kth_distance(
+    x:Tensor, # queries, (N, d)
+    y:Tensor, # where to look, (M, d)
+    k:int=5,  # which neighbour
+)->Tensor: # (N), float64
+    "Chebyshev distance from each query to its k-th nearest point"
+    from scipy.spatial import cKDTree
+    d,_ = cKDTree(y.numpy()).query(x.numpy(), [k], p=math.inf)
+    return torch.from_numpy(d[:,0])
+
+# %% ../nbs/07_metrics.ipynb #9fc99c19
+def kl_knn(
+    real:Tensor, # points, (N, d)
+    fake:Tensor, # points, (M, d)
+    k:int=5,     # neighbour
+    own:Tensor=None, # `kth_distance(real, real, k+1)`, when it is known already
+)->float: # bits; may fall below 0
+    "Kullback-Leibler divergence of real points from samples by k nearest neighbours (Pérez-Cruz 2008)"
+    nu, rho = kth_distance(real, fake, k), kth_distance(real, real, k+1) if own is None else own
+    if min(nu.min(), rho.min()) == 0: raise ValueError('kl_knn: some points have k twins at distance 0, and its logarithm is not finite: add the noise that the data were rounded by')
+    return float(real.shape[1]*(nu.log().mean() - rho.log().mean()) + math.log(len(fake)/(len(real)-1)))/math.log(2)
+
+# %% ../nbs/07_metrics.ipynb #b672d19b
+def sliced_wasserstein(
+    x:Tensor, # points, (N, d)
+    y:Tensor, # points, (M, d)
+    n:int=100, # directions
+    generator=None, # torch.Generator, to draw them
+)->float: # in the units of x
+    "Root mean squared Wasserstein-2 distance over random directions"
+    u = F.normalize(torch.randn(x.shape[1], n, generator=generator, dtype=torch.float64), dim=0)
+    q = (torch.arange(min(len(x), len(y)), dtype=torch.float64) + .5)/min(len(x), len(y))
+    a, b = ((v.double()@u).quantile(q, dim=0) if len(v) > len(q) else (v.double()@u).sort(0).values for v in (x, y))
+    return float((a - b).square().mean().sqrt())
+
+# %% ../nbs/07_metrics.ipynb #62a31a6c
+def two_sample_p(
+    x:Tensor, # points, (N, d)
+    y:Tensor, # points, (M, d)
+    n:int=999, # permutations
+    generator=None, # torch.Generator, to draw them
+)->float: # 1/(n+1) to 1
+    "p-value of an exact permutation test on the energy distance: do x and y come from one distribution?"
+    z = torch.cat([x, y]).double()
+    D, s = torch.cdist(z, z), torch.cat([torch.full((len(x),), 1/len(x)), torch.full((len(y),), -1/len(y))]).double()
+    S = torch.stack([s] + [s[torch.randperm(len(z), generator=generator)] for _ in range(n)])
+    stat = -((S@D)*S).sum(1)
+    return ((stat >= stat[0] - 1e-12).sum()/(n+1)).item()
 
 # %% ../nbs/07_metrics.ipynb #87cf3e4e
 class Row(NamedTuple):

@@ -6,9 +6,9 @@
 __all__ = ['replacing', 'plain', 'revive', 'write_json', 'read_json', 'git_facts', 'cpu_name', 'system_facts', 'check_writable',
            'Run', 'goal_met', 'fmt', 'claims_table', 'load_run', 'progress']
 
-# %% ../nbs/01_runs.ipynb #a55216d9
+# %% ../nbs/01_runs.ipynb #022747a4
 import json, math, operator, os, platform, re, subprocess, tempfile, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -241,28 +241,32 @@ def load_run(
     return AttrDict(folder=folder, report=m.report, name=m.name, metrics=m.metrics, claims=m.claims, log=log,
                     parameters=read_json(folder/'parameters.json'), system=read_json(folder/'system.json'))
 
-# %% ../nbs/01_runs.ipynb #79f01122
-def _tell(it, total, desc, every=.5):
+# %% ../nbs/01_runs.ipynb #57d8e32d
+def _tell(it, total, desc, first, every=.5):
     "Yield from `it`, keeping done, total and eta_s in the current run's `progress.json` while it lasts"
     file, t0, last = Run.current.folder/'progress.json', time.time(), 0
     try:
         for i,o in enumerate(it):
             now = time.time()
             if now-last > every:
-                write_json(file, dict(desc=desc, done=i, total=total, eta_s=(now-t0)/i*(total-i) if i and total else None))
+                done = min(first+i, total or first+i)                # a loop may go back, and take more rounds than it has
+                eta = (now-t0)/i*(total-done) if i and total else None
+                with suppress(OSError): write_json(file, dict(desc=desc, done=done, total=total, eta_s=eta))
                 last = now
             yield o
-    finally: file.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): file.unlink(missing_ok=True)
 
-# %% ../nbs/01_runs.ipynb #9eb0c317
+# %% ../nbs/01_runs.ipynb #d3290123
 def progress(
     it,         # what to loop over
     total=None, # its length, if `len` does not tell
     desc='',    # one word for the bar
+    initial=0,  # how many were done before, by a run that this one resumes
 ):
     "Loop over `it` with a clock: a bar by hand, `progress.json` under a runner, nothing in tests"
     if total is None and hasattr(it, '__len__'): total = len(it)
-    if os.environ.get('SDIFF_QUIET'): return _tell(it, total, desc) if Run.current else it
+    if os.environ.get('SDIFF_QUIET'): return _tell(it, total, desc, initial) if Run.current else it
     if os.environ.get('IN_TEST'): return it
     from tqdm.auto import tqdm
-    return tqdm(it, total=total, desc=desc)
+    return tqdm(it, total=total, desc=desc, initial=initial)

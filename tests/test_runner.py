@@ -11,7 +11,7 @@ plot = "import matplotlib.pyplot as plt\nplt.figure(figsize=(1,1)); plt.plot(ran
 wait = "import time, pathlib\npathlib.Path(run_dir, 'checkpoints').mkdir(exist_ok=True)\npathlib.Path(run_dir, 'checkpoints', 'here').touch()\nif not pathlib.Path('go').exists(): time.sleep(60)"
 cli = [sys.executable, '-c', 'from spectral_diffusion.experiments import sdiff_run; sdiff_run()']
 
-def make_report(lab, name, *cells):
+def make_report(lab, name, *cells, params=params):
     nb = new_notebook(cells=[new_code_cell(params, metadata=dict(tags=['parameters'])), *map(new_code_cell, cells)],
                       metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
     (lab/'reports').mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def test_finish_skip_force(lab):
     assert r.returncode == 0, r.stderr
     html = Path(r.stdout.strip().splitlines()[-1]).absolute()
     folder = html.parent
-    assert names(folder) == {'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
+    assert names(folder) == {'attempts', 'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
     assert json.loads((folder/'parameters.json').read_text()) == dict(size='smoke', n=3, lr=2.)
     assert len(re.findall(r'<img[^>]*src="data:image/png;base64,', html.read_text())) == 1 and '3 2.0 smoke' in html.read_text()
     assert 'cell 4/4' in r.stderr and 'WARNING' not in r.stderr and 'Traceback' not in r.stderr
@@ -79,12 +79,12 @@ def test_failing_cell(lab):
     r = run(lab, '01_fail', '00_tiny')
     folder = lab/'runs/01_fail/smoke'
     assert r.returncode == 1 and 'ZeroDivisionError: division by zero' in r.stdout and 'Traceback' not in r.stdout + r.stderr
-    assert names(folder) == {'parameters.json', 'status.json', 'report.failed.ipynb', 'traceback.txt'}
+    assert names(folder) == {'attempts', 'parameters.json', 'status.json', 'report.failed.ipynb', 'traceback.txt'}
     assert run_state(folder) == 'failed' and '1/0' in (folder/'traceback.txt').read_text()
     assert run_state(lab/'runs/00_tiny/smoke') == 'finished'
     with pytest.raises(ValueError, match='only a finished run'): promote(folder)
     make_report(lab, '01_fail', "print('repaired')")
-    assert names(run_report('01_fail', progress=False)) == {'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
+    assert names(run_report('01_fail', progress=False)) == {'attempts', 'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
     no_temps(lab)
 
 def test_kernel_dies(lab):

@@ -1,0 +1,44 @@
+"Two processes make the run that one makes: the network copied to both, then cut up between them, going on from the other's checkpoint."
+import os, subprocess, sys
+from pathlib import Path
+import torch
+
+def train(folder, accelerator=None, stop=None, steps=16):
+    "A short run that may be stopped by an error; its losses, and the averaged weights"
+    from spectral_diffusion.data import Batches, digits
+    from spectral_diffusion.denoisers import Denoiser
+    from spectral_diffusion.schedules import cosine
+    from spectral_diffusion.training import EMA, Checkpoints, Log, fit
+    from spectral_diffusion.unets import UNet
+    class Stopped:
+        def after_step(self, s): assert s.step != stop
+    torch.manual_seed(0); g = torch.Generator().manual_seed(0)
+    D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1), cosine(), 'v', .5), EMA(.9), Log()
+    try: s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Stopped(), Checkpoints(folder, 5)], accelerator=accelerator)
+    except AssertionError: return
+    return log.curve(), torch.cat([p.flatten() for p in ema.model.parameters()]), s
+
+def main(folder, how):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    torch.set_num_threads(1); acc = Accelerator(cpu=True)
+    if how == 'sharded':       # accelerate offers sharding on accelerators only: on CPUs its type is set by hand
+        acc.state.distributed_type, acc.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    result = train(folder/'run', acc, 12 if how == 'copied' else None)
+    if how == 'sharded':
+        local = next(result[2].denoiser.parameters())
+        assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up
+        if acc.is_main_process: torch.save(result[:2], folder/'result.bin')
+
+def launch(folder, how):
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, str(folder), how], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert r.returncode == 0, r.stderr[-3000:]
+
+def test_two_processes_make_the_run_of_one(tmp_path):
+    losses, weights, _ = train(tmp_path/'alone')
+    launch(tmp_path, 'copied'); launch(tmp_path, 'sharded')
+    losses2, weights2 = torch.load(tmp_path/'result.bin', weights_only=True)
+    torch.testing.assert_close(losses2, losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights2, weights, rtol=1e-3, atol=1e-4)
+
+if __name__ == '__main__': main(Path(sys.argv[1]), sys.argv[2])
