@@ -164,7 +164,7 @@ def features(
     if torch.is_tensor(x): x = x.split(batch)
     return torch.cat([extractor(b).cpu() for b in progress(x, desc='features')])
 
-# %% ../nbs/07_metrics.ipynb #f1e56ab1
+# %% ../nbs/07_metrics.ipynb #0c9afd62
 class FrechetStats:
     "Mean and covariance of features as float64 sums, with the extractor and split that they belong to"
     def __init__(self,
@@ -179,6 +179,7 @@ class FrechetStats:
     ):
         "Take in a batch; returns itself"
         f = f.detach().cpu().double()
+        if not f.isfinite().all(): raise ValueError(f'{(~f.isfinite()).any(1).sum()} of {len(f)} images have features that are not finite: the images or the extractor are broken')
         self.n += len(f); self.s1 += f.sum(0); self.s2 += f.T@f
         return self
     mean = property(lambda self: self.s1/self.n)
