@@ -592,7 +592,7 @@ def run_cells(
         engine.stop()
         board.show([look(c, engine, force).row for c in cells])
 
-# %% ../nbs/22_experiments.ipynb #06985f25
+# %% ../nbs/22_experiments.ipynb #b44d5d66
 class Job:
     "What a job runs: one report; restarted, the same report goes on"
     def __init__(self,
@@ -601,8 +601,11 @@ class Job:
     ): self.cell, self.kw = cell, kw
     def __call__(self, again=False):
         kw = {**self.kw, **(dict(force=False, attempt_n=None) if again or _me().restart else {})}
+        def end(*_): sys.exit('told to end')
+        before = signal.signal(signal.SIGTERM, end)
         try: run_report(self.cell.report, progress=False, **kw, **self.cell.params)
         except Taken as e: print(e)
+        finally: signal.signal(signal.SIGTERM, before)
     def checkpoint(self, again=False):
         from submitit.helpers import DelayedSubmission
         return DelayedSubmission(self, again=True)

@@ -111,7 +111,7 @@ class Guard:
     def ready(self, s):
         if not isinstance(s.callbacks[-1], Rollback): raise ValueError(f'{type(self).__name__} asks for returns to earlier weights: put a Rollback() at the end of the callbacks')
 
-# %% ../nbs/16_guards.ipynb #ca914016
+# %% ../nbs/16_guards.ipynb #32ed58eb
 class SpikeGuard(Guard):
     "Skip steps with outlying or non-finite gradients, clip the others at a multiple of the typical norm"
     onward = True
@@ -119,19 +119,19 @@ class SpikeGuard(Guard):
         clip:float=3., # gradient norms are clipped at this multiple of the median
         patience:int=5, # skips in a row, then back to earlier weights
         **fence # to `Fence`
-    ): self.clip,self.patience,self.fence,self.streak,self.calm,self.skips = clip,patience,Fence(**fence),0,0,0
+    ): self.clip,self.patience,self.fence,self.streak,self.calm = clip,patience,Fence(**fence),0,0
     def before_step(self, s):
         (typical, top), (loss, norm) = self.fence.levels(), torch.stack([s.loss.float(), s.norm.float()]).tolist()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and not self.fence(norm):
             self.streak, self.calm, s.clip = 0, self.calm + 1, min(s.clip, self.clip*typical)
             return
-        s.skip, self.streak, self.calm, self.skips = True, self.streak + 1, 0, self.skips + 1
+        s.skip, self.streak, self.calm = True, self.streak + 1, 0
         s.event('skipped', why=f'gradient norm {norm:.3g} is above {top:.3g}' if finite else f'loss {loss:.3g}, gradient norm {norm:.3g}')
         if self.streak == self.patience: self.streak, s.sick = 0, f'{self.patience} steps in a row had to be skipped'
     def well(self, s): return self.calm >= 10
-    def state_dict(self): return dict(logs=[*self.fence.logs], counts=[self.streak, self.calm, self.skips])
-    def load_state_dict(self, state): self.fence.logs.clear(); self.fence.logs.extend(state['logs']); self.streak, self.calm, self.skips = state['counts']
+    def state_dict(self): return dict(logs=[*self.fence.logs], counts=[self.streak, self.calm])
+    def load_state_dict(self, state): self.fence.logs.clear(); self.fence.logs.extend(state['logs']); self.streak, self.calm = state['counts']
 
 # %% ../nbs/16_guards.ipynb #16618a0b
 @torch.no_grad()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['denoising_loss', 'lr_scale', 'adamw', 'Stop', 'call', 'rng_state', 'set_rng_state', 'TrainState', 'tell', 'share',
-           'mean_over', 'spread', 'grad_norm', 'fit', 'EMA', 'Log', 'LiveLoss', 'Checkpoints']
+           'mean_over', 'spread', 'next_batch', 'grad_norm', 'fit', 'EMA', 'Log', 'LiveLoss', 'Checkpoints']
 
 # %% ../nbs/15_training.ipynb #36fc205c
 import math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
@@ -75,12 +75,14 @@ def set_rng_state(r # from `rng_state`
     for i,c in enumerate(r['cuda']): torch.cuda.set_rng_state(c, i)
     np.random.set_state(tuple(r['numpy'])); random.setstate((r['python'][0], tuple(r['python'][1]), r['python'][2]))
 
-# %% ../nbs/15_training.ipynb #f76fb6ff
+# %% ../nbs/15_training.ipynb #194f707d
 class TrainState(SimpleNamespace):
     "What a training run is at one moment; `fit` makes it, callbacks see it"
+    def __init__(self, **kw): super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[], t0=time.time(), **kw)
+    main = property(lambda self: not self.accelerator or self.accelerator.is_main_process)
     @property
     def _parts(self): return self.denoiser, getattr(self.opt, 'optimizer', self.opt)
-    def _keepers(self): return {str(i): c for i,c in enumerate(self.callbacks) if hasattr(c, 'state_dict')}
+    def _keepers(self): return {f'{i} {type(c).__name__}': c for i,c in enumerate(self.callbacks) if hasattr(c, 'state_dict')}
     def counting(self):
         "The steps still to do; a callback may set `step` back"
         while self.step < self.steps: self.step += 1; yield self.step
@@ -98,7 +100,7 @@ def tell(run:Run, # whose log
     try: run.log(what, **kw)
     except OSError as e: warnings.warn(f'the log could not be written and training goes on without it: {e}')
 
-# %% ../nbs/15_training.ipynb #bd784b08
+# %% ../nbs/15_training.ipynb #8d0e8720
 @patch
 def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
     "Everything that decides the steps to come"
@@ -113,6 +115,7 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
                    ):
     "Become what `state` was; with `where=False` the weights go back and the data go on"
     net, opt = self._parts; whole = dict(options=StateDictOptions(full_state_dict=True))
+    if {*state['callbacks']} != {*self._keepers()}: raise ValueError(f"the state is of a run with callbacks {', '.join(state['callbacks'])}: this one has {', '.join(self._keepers())}")
     opt.zero_grad()                                                  # torch does not load into an optimiser that is about to step
     set_model_state_dict(net, state['model'], **whole)
     if state['opt']: set_optimizer_state_dict(net, opt, state['opt'], **whole)
@@ -151,6 +154,15 @@ def spread(s:TrainState # whose network and optimiser go to the accelerator's de
         for p in s.denoiser.parameters(): p.data = p.data.contiguous()
     s.denoiser.net, s.opt = s.accelerator.prepare(s.denoiser.net, s.opt)
 
+# %% ../nbs/15_training.ipynb #f6ce8670
+def next_batch(batches, # iterator of fields, or of pairs (fields, condition)
+               s:TrainState, # whose step it is for
+               dev # where it is wanted
+              ) -> tuple: # fields, and the condition or None
+    "One more batch, which there has to be"
+    if (batch := next(batches, None)) is None: raise ValueError(f'the data ran out after {s.step-1} steps: pass an endless iterable, such as Batches')
+    return tuple(b.to(dev) for b in batch) if isinstance(batch, (tuple, list)) else (batch.to(dev), None)
+
 # %% ../nbs/15_training.ipynb #c0f641c6
 def grad_norm(params # list of parameters
              ) -> Tensor: # 0-d
@@ -158,7 +170,7 @@ def grad_norm(params # list of parameters
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
-# %% ../nbs/15_training.ipynb #32bfa99b
+# %% ../nbs/15_training.ipynb #b2fddf92
 def fit(denoiser:Denoiser, # trained in place
         data, # endless iterable of clean fields (B, C, *S), or of pairs (fields, condition)
         steps:int, # optimiser steps
@@ -175,8 +187,7 @@ def fit(denoiser:Denoiser, # trained in place
         accelerator=None # accelerate's, for several processes; None: one process, on the denoiser's device
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients"
-    s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, step=0, items=0, scale=1., clip=clip, lr=0., loss=None,
-                   events=[], accelerator=accelerator, main=not accelerator or accelerator.is_main_process, opt=opt([*denoiser.parameters()], lr), t0=time.time(),
+    s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip, accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
                    config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=denoiser.sd))
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
@@ -184,8 +195,7 @@ def fit(denoiser:Denoiser, # trained in place
     call(s, callbacks, 'ready')
     try:
         for _ in progress(s.counting(), steps, 'train', s.step):
-            if (batch := next(batches, None)) is None: raise ValueError(f'the data ran out after {s.step-1} steps: pass an endless iterable, such as Batches')
-            x0, cond = (b.to(dev) for b in batch) if isinstance(batch, (tuple, list)) else (batch.to(dev), None)
+            x0, cond = next_batch(batches, s, dev)
             t, eps = draw_t(denoiser.schedule, len(x0), density, generator).to(dev), noise_like(x0, generator)
             s.items += len(x0); s.skip, s.clip = False, clip
             with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): s.loss = loss(denoiser, *share(accelerator, x0, t, eps, cond), weight).mean()

@@ -1,5 +1,5 @@
 "On a real Slurm: a training that needs more than its job's time limit is requeued, goes on from its checkpoint, and ends with the bits of an uninterrupted one."
-import os, re, subprocess, threading, time
+import os, subprocess, threading, time
 from pathlib import Path
 import pytest, slurm_node
 from safetensors.torch import load_file
@@ -54,8 +54,7 @@ def test_a_job_goes_on_after_its_limit(lab):
         thread.join()
     print(f'{time.time()-t0:.0f} s')
     assert [r.state for r in rows]==['finished', 'failed', 'failed'], rows
-    assert rows[1].note=='n is wrong'
-    assert re.search('job 3 ended|[Kk]ernel', rows[2].note), rows[2]       # scancel may reach the kernel before the job
+    assert rows[1].note=='n is wrong' and 'job 3 ended' in rows[2].note, rows
     chained, (tries, last) = cells[0].folder, last_attempt(cells[0].folder)
     first = read_json(chained/'attempts/1.json')
     assert tries >= 2 and last.restart==tries-1 and first.restart==0 and first.job==last.job and last.over-first.at > 120, (first, last)
