@@ -205,7 +205,7 @@ def _table(self):
     return '\n'.join([f'Verdict: **{self.verdict}**', '', *rows])
 Triage._repr_markdown_ = Triage.table = _table
 
-# %% ../nbs/20_diagnostics.ipynb #b770d077
+# %% ../nbs/20_diagnostics.ipynb #29b42f83
 def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
            x0:Tensor, # held-out fields, as evaluation sees them, (N, C, *S)
            batch:Tensor, # fields as the training loop sees them; many
@@ -214,13 +214,14 @@ def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
            online=None, # the `Denoiser` that was trained, if it is another
            loss=denoising_loss, # what it was trained with
            train:Tensor=None, # training fields for the linear denoiser; None: `batch`
-           seed:int=0 # of all noise
+           seed:int=0, # of all noise
+           steps:int=150 # of training on one image
           ) -> Triage:
     "Broken, underpowered or healthy, with the evidence"
     g, sch = torch.Generator().manual_seed(seed), denoiser.schedule
     parts = [check_steps(sampler, sch, grid, x0[:64], g), check_gaussian(sampler, sch, grid, x0, g), check_range(batch, x0),
              check_time(denoiser, x0, g), check_weights(denoiser, online or denoiser, x0, seed),
-             check_one_image(online or denoiser, sampler, grid, x0[:1], loss, seed=seed)]
+             check_one_image(online or denoiser, sampler, grid, x0[:1], loss, steps, seed=seed)]
     power = learning(denoiser, x0, batch if train is None else train, seed)
     last = check_learning(power)
     verdict = 'healthy' if last.ok else 'underpowered'

@@ -7,7 +7,7 @@ __all__ = ['Score', 'bootstrap', 'drop', 'jackknife', 'Extractor', 'load_checked
            'inception', 'features', 'FrechetStats', 'save_stats', 'load_stats', 'enough', 'frechet', 'stats_of',
            'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'kid', 'covered', 'precision_recall',
            'rapsd_distance', 'nearest', 'copy_rate', 'kth_distance', 'kl_knn', 'sliced_wasserstein', 'two_sample_p',
-           'Row', 'metric_name', 'scorecard', 'score_table']
+           'psnr', 'ssim_parts', 'ssim', 'ms_ssim', 'dice', 'overlap', 'Row', 'metric_name', 'scorecard', 'score_table']
 
 # %% ../nbs/07_metrics.ipynb #8e273446
 import hashlib, io, math, operator, torch, torch.nn.functional as F
@@ -475,6 +475,74 @@ def two_sample_p(
     S = torch.stack([s] + [s[torch.randperm(len(z), generator=generator)] for _ in range(n)])
     stat = -((S@D)*S).sum(1)
     return ((stat >= stat[0] - 1e-12).sum()/(n+1)).item()
+
+# %% ../nbs/07_metrics.ipynb #212ae764
+def _pair(x, y):
+    if x.shape != y.shape: raise ValueError(f'items are compared one to one: shapes {tuple(x.shape)} and {tuple(y.shape)} differ')
+    if not (x.isfinite().all() and y.isfinite().all()): raise ValueError('a comparison of items that hold NaN or infinity has no value')
+
+def psnr(
+    x:Tensor, # (B, C, *S)
+    y:Tensor, # reference, same shape
+    span:float=2., # largest minus smallest value that is possible
+)->Tensor: # (B), dB
+    "Peak signal-to-noise ratio; infinite for equal items"
+    _pair(x, y)
+    return 20*math.log10(span) - 10*(x - y).square().flatten(1).mean(1).log10()
+
+# %% ../nbs/07_metrics.ipynb #c9e981db
+def ssim_parts(
+    x:Tensor, # (B, C, *S), each side at least 11
+    y:Tensor, # reference, same shape
+    span:float=2., # largest minus smallest possible value
+)->tuple: # SSIM, and its contrast factor, (B) each
+    "Structural similarity, averaged over windows and channels"
+    _pair(x, y)
+    if min(x.shape[2:]) < 11: raise ValueError(f'SSIM needs sides of at least 11, got {tuple(x.shape[2:])}')
+    w = torch.exp(-(torch.arange(-5, 6)/1.5)**2/2).to(x); w /= w.sum()
+    def mean(v):
+        for d in range(2, v.ndim): v = v.unfold(d, 11, 1) @ w
+        return v
+    a, b = mean(x), mean(y)
+    vx, vy, c = mean(x*x) - a*a, mean(y*y) - b*b, mean(x*y) - a*b
+    cs = (2*c + (.03*span)**2)/(vx + vy + (.03*span)**2)
+    return tuple(v.flatten(1).mean(1) for v in ((2*a*b + (.01*span)**2)/(a*a + b*b + (.01*span)**2)*cs, cs))
+
+def ssim(x, y, span=2.): # as in `ssim_parts`
+    "Structural similarity, (B), at most 1"
+    return ssim_parts(x, y, span)[0]
+
+# %% ../nbs/07_metrics.ipynb #e1045dc3
+def ms_ssim(
+    x:Tensor, # (B, C, *S)
+    y:Tensor, # reference, same shape
+    span:float=2., # largest minus smallest possible value
+)->Tensor: # (B), 0 to 1
+    "Multi-scale SSIM with as many scales, at most five, as the smallest side has room for"
+    beta = torch.tensor([.0448, .2856, .3001, .2363, .1333])[:max(1, min(5, int(math.log2(max(min(x.shape[2:]), 1)/11)) + 1))]
+    pool, total = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[x.ndim - 2], 1.
+    for i,b in enumerate((beta/beta.sum()).tolist()):
+        if i: x, y = pool(x, 2), pool(y, 2)
+        total = total*ssim_parts(x, y, span)[int(i < len(beta) - 1)].clamp(min=0)**b
+    return total
+
+# %% ../nbs/07_metrics.ipynb #eedb60e6
+def _areas(a, b):
+    _pair(a, b)
+    for m in (a, b):
+        if len(bad := m[(m != 0) & (m != 1)]): raise ValueError(f'overlap is for hard masks, this one holds {bad[0]:.3g} (and {len(bad)} such values): decide once what is inside, e.g. at .5')
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    return (a*b).sum(1), a.sum(1), b.sum(1)
+
+def dice(a:Tensor, b:Tensor): # masks of 0 and 1, (B, ...)
+    "Twice the common volume over the sum of both, (B), 0 to 1; NaN where both are empty"
+    both, a, b = _areas(a, b)
+    return 2*both/(a + b)
+
+def overlap(a:Tensor, b:Tensor): # masks of 0 and 1, (B, ...)
+    "Common volume over that of the union, (B), 0 to 1; NaN where both are empty"
+    both, a, b = _areas(a, b)
+    return both/(a + b - both)
 
 # %% ../nbs/07_metrics.ipynb #87cf3e4e
 class Row(NamedTuple):

@@ -1,0 +1,109 @@
+"The site as a reader gets it: made without Quarto, every page opened in a real browser. Skipped without a browser, unless SDIFF_BROWSER=required."
+import json, os, re, sys
+from importlib.util import find_spec
+from pathlib import Path
+import pytest
+from spectral_diffusion.book import Browser, Served, broken_links, check_site, find_browser, gallery, problems, render, stage
+
+root = Path(__file__).parent.parent
+missing = [n for n, there in dict(smalldocs=find_spec('smalldocs'), playwright=find_spec('playwright'), browser=find_browser()).items() if not there]
+pytestmark = pytest.mark.skipif(bool(missing) and os.environ.get('SDIFF_BROWSER') != 'required', reason=f'no {", ".join(missing)}')
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory): return render(stage(root, tmp_path_factory.mktemp('book')/'book'))
+
+@pytest.fixture(scope='module')
+def tab():
+    with Browser() as tab: yield tab
+
+@pytest.fixture(scope='module')
+def url(site):
+    with Served(site) as url: yield url
+
+def test_every_page(site):
+    "No errors in the console, no link that leads nowhere, no figure that stays empty, no raw TeX, nothing wider than a phone"
+    assert check_site(site) == []
+
+def test_nothing_is_missing(site):
+    "Every chapter, every result, front page, gallery, contributing, changes; every exported cell and every figure of them"
+    pages = {f.relative_to(site).as_posix() for f in site.rglob('*.html')}
+    for nb in (root/'nbs').glob('*.ipynb'):
+        name = re.sub(r'^\d\d_', '', nb.stem) + '.html'
+        assert name in pages, name
+        text, cells = (site/name).read_text(), json.loads(nb.read_text())['cells']
+        hidden = lambda c: re.search(r'^#\|.*\b(hide|default_exp|exporti)\b', ''.join(c['source']), re.M)
+        code = [c for c in cells if c['cell_type'] == 'code' and not hidden(c)]
+        figures = [''.join(o['data']['image/png']).replace('\n', '')[:2000] for c in code for o in c['outputs'] if 'image/png' in o.get('data', {})]
+        assert all(f in text for f in figures), name
+        assert text.count('class="exported"') == sum(bool(re.match(r'#\|\s*export\b', ''.join(c['source']))) for c in code), name
+    assert {'reports/index.html', 'contributing.html', 'changelog.html'} <= pages
+    for f in (root/'reports'/'results').glob('*/metrics.json'):
+        assert f'reports/{f.parent.name}.html' in pages and f.read_text() == (site/'reports'/f.parent.name/'metrics.json').read_text()
+
+def test_nothing_comes_from_elsewhere(site):
+    "A page needs no other host for scripts, styles, fonts or pictures"
+    for f in [*site.rglob('*.html'), *site.rglob('*.css')]:
+        text = f.read_text()
+        bad = r'@import[^;]*https?:' if f.suffix == '.css' else r'<(?:script|img|iframe)[^>]*src="https?:|<link[^>]*rel="stylesheet"[^>]*href="https?:'
+        assert not re.search(bad, text), f.name
+
+def test_formulas(tab, url):
+    "As many as the notebook has, with a size, and a fraction is taller than a letter"
+    tab.goto(url + 'schedules.html')
+    sizes = tab.evaluate("[...document.querySelectorAll('math')].map(m => [m.getBoundingClientRect().width, m.getBoundingClientRect().height, !!m.querySelector('mfrac')])")
+    cells = [''.join(c['source']) for c in json.loads(next((root/'nbs').glob('*_schedules.ipynb')).read_text())['cells'] if c['cell_type'] == 'markdown']
+    n = sum(len(re.findall(r'\$\$.+?\$\$|\$(?!\s)[^$\n]+?(?<!\s)\$', re.sub(r'`[^`]*`', '', c), re.S)) for c in cells)
+    assert len(sizes) == n > 20 and all(w > 3 and h > 3 for w, h, _ in sizes)
+    assert max(h for *_, h, frac in sizes if frac) > 1.2*sorted(h for _, h, frac in sizes if not frac)[n//4]
+
+def test_code_can_be_copied(tab, url):
+    tab.goto(url + 'fourier.html')
+    cell = tab.locator('.cell').filter(has_text='def rapsd(').first
+    cell.hover(); cell.locator('.code-copy-button').click(force=True)
+    assert tab.evaluate('navigator.clipboard.readText()').strip().startswith('def rapsd(')
+    assert tab.locator('.code-copy-button').count() >= tab.locator('.cell-code').count() > 20
+
+def test_dark_mode(tab, url):
+    "Paper and sidebar get dark, ink gets light; the choice survives a reload"
+    mean = "s => getComputedStyle(document.querySelector(s)).%s.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)/765"
+    light, ink = f"() => ['body', '#quarto-sidebar'].map({mean % 'backgroundColor'})", f"() => ['main p', 'main pre', '#quarto-sidebar a'].map({mean % 'color'})"
+    tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(url + 'fourier.html')
+    assert min(tab.evaluate(light)) > .85 and max(tab.evaluate(ink)) < .55
+    tab.locator('.quarto-color-scheme-toggle:visible').first.click(); tab.wait_for_timeout(400)
+    assert max(tab.evaluate(light)) < .3 and min(tab.evaluate(ink)) > .55
+    tab.reload(); tab.wait_for_timeout(400); assert max(tab.evaluate(light)) < .3
+    tab.locator('.quarto-color-scheme-toggle:visible').first.click()
+
+def test_search(tab, url):
+    "A name leads to its chapter"
+    tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(url + 'index.html')
+    box = tab.locator('input[type=search]:visible, input[placeholder=Search]:visible').first
+    box.click(); box.press_sequentially('rapsd'); tab.wait_for_timeout(1500)
+    assert tab.locator('a[href*="fourier.html"]:visible').count() >= 1
+
+def test_tables_sort(tab, url):
+    "By number, both ways, empty cells last; with the keyboard too"
+    tab.goto(url + 'reports/00_quickstart.html')
+    values = lambda: [float(v) for v in tab.evaluate("[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows].map(r => r.cells[1].dataset.v)")]
+    head = tab.locator('table.sortable th').nth(1)
+    head.click(); up = values(); head.click(); down = values(); head.press('Enter')
+    assert up == sorted(up) and down == up[::-1] and values() == up
+
+def test_gallery(tab, url):
+    "A card with figure, verdict and date for each result, and it leads there"
+    tab.goto(url + 'reports/index.html')
+    names = sorted(f.parent.name for f in (root/'reports'/'results').glob('*/metrics.json'))
+    cards = tab.locator('a.report')
+    assert [c.get_attribute('href') for c in cards.all()] == [f'{n}.html' for n in names]
+    assert all(c.locator('img').count() == 1 and c.locator('.verdict').inner_text() and re.search(r'\d{4}-\d\d-\d\d|not committed', c.inner_text()) for c in cards.all())
+    cards.first.click(); tab.wait_for_load_state(); assert names[0] in tab.url
+
+faults = {'console': '<script>console.error("oops")</script>', 'script': '<script>null.x</script>', '404': '<script src="gone.js"></script>',
+          'figure': '<img src="gone.png">', 'raw TeX': '<p>so \\(a+b\\) is</p>', 'wider': '<div style="width:3000px">wide</div>'}
+@pytest.mark.parametrize('word', faults)
+def test_planted_faults_are_seen(word, tab, tmp_path):
+    ok = '<!doctype html><link rel="icon" href="data:,"><main><p>fine, it costs 5 or more</p></main>'
+    (tmp_path/'ok.html').write_text(ok); (tmp_path/'bad.html').write_text(ok.replace('</main>', faults[word] + '</main>'))
+    with Served(tmp_path) as url:
+        assert problems(tab, url + 'ok.html') == []
+        assert any(word in p for p in problems(tab, url + 'bad.html'))
