@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dits', 'patchify', 'unpatchify', 'positions', 'QKNorm', 'DiTBlock', 'DiT', 'dit']
 
-# %% ../nbs/13_transformers.ipynb #91370bcb
+# %% ../nbs/13_transformers.ipynb #ffefde10
 import math, torch, torch.nn.functional as F
 from functools import lru_cache
 from torch import nn, Tensor
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from .embeddings import LogSNREmbedding, waves
 from .mixing import ChannelNorm, Pointwise, SelfAttention
-from .unets import modulate, zero
+from .unets import UNet, modulate, zero
 
 # %% ../nbs/13_transformers.ipynb #3532e068
 def patchify(
@@ -105,19 +105,8 @@ class DiT(nn.Module):
     @property
     def mid(self): return self.blocks[(len(self.blocks)-1)//2]
 
-# %% ../nbs/13_transformers.ipynb #653309d2
-@patch
-def embed(self:DiT,
-          logsnr:Tensor, # (B,)
-          cond=None # class labels (B,), int64; None: the class 'none'
-         ) -> Tensor: # (B, width)
-    "Noise level and class as one vector"
-    e = self.emb(logsnr)
-    if self.classes is None:
-        if cond is not None: raise ValueError('this DiT is unconditional: build it with classes=... to pass a condition')
-        return e
-    none = torch.full((len(e),), self.classes.num_embeddings-1, device=e.device)
-    return e + self.classes(none if cond is None else cond)
+# %% ../nbs/13_transformers.ipynb #b3e30864
+DiT.embed = UNet.embed
 
 # %% ../nbs/13_transformers.ipynb #4b4ddc87
 @patch

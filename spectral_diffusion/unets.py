@@ -271,7 +271,7 @@ class UNet(nn.Module):
         self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.to(memory_format=self.layout)
 
-# %% ../nbs/12_unets.ipynb #3d40c4a1
+# %% ../nbs/12_unets.ipynb #71127a70
 @patch
 def embed(self:UNet,
           logsnr:Tensor, # (B,)
@@ -280,7 +280,7 @@ def embed(self:UNet,
     "Noise level and class as one vector"
     e = self.emb(logsnr)
     if self.classes is None:
-        if cond is not None: raise ValueError('this U-Net is unconditional: build it with classes=... to pass a condition')
+        if cond is not None: raise ValueError('this network is unconditional: build it with classes=... to pass a condition')
         return e
     none = torch.full((len(e),), self.classes.num_embeddings-1, device=e.device)
     return e + self.classes(none if cond is None else cond)
