@@ -238,12 +238,12 @@ def _alone(folder):
         yield
     finally: os.close(fd)
 
-# %% ../nbs/14_checkpoints.ipynb #03780508
+# %% ../nbs/14_checkpoints.ipynb #856d2349
 @patch
 def _sweep(self:Store):
-    "Remove what a killed save left: temporary files, and shards without an index"
+    "Remove what a killed save left: temporary files, ours and those of safetensors, and shards without an index"
     known = {p.stem for p in self._indexes()}
-    for p in [*self.folder.glob('.tmp-*-step*'), *self.folder.glob('[0-9]*-step*.safetensors')]:
+    for p in [*self.folder.glob('.tmp*'), *self.folder.glob('[0-9]*-step*.safetensors')]:
         if p.name[0] == '.' or p.stem.rpartition('-')[0] not in known: p.unlink(missing_ok=True)
 
 # %% ../nbs/14_checkpoints.ipynb #cb34716f
