@@ -8,13 +8,13 @@ __all__ = ['parts', 'key_figures', 'part_of', 'directives', 'visible', 'defined'
            'self_contained', 'render', 'Links', 'broken_links', 'find_browser', 'Served', 'problems', 'Browser',
            'check_site', 'sdiff_site']
 
-# %% ../nbs/27_book.ipynb #3c01d265
-import argparse, ast, html, json, posixpath, re, shutil, subprocess, sys, threading
+# %% ../nbs/27_book.ipynb #de15ff6c
+import argparse, ast, html, re, shutil, subprocess, sys, threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urlsplit
+from urllib.parse import unquote, urlsplit
 import nbformat, yaml
 from .runs import fmt, read_json
 from .experiments import reports_dir
@@ -124,8 +124,8 @@ def claims_html(claims # of a metrics.json
     names = ''.join(f'<th>{n}</th>' for n in ('claim', 'value', 'n', 'seed figure', 'goal', 'met'))
     return f'<div class="table-scroll"><table class="table sortable"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
 
-# %% ../nbs/27_book.ipynb #9b68ecdf
-key_figures = {'00_quickstart': 'samples', '09_reliability': 'rescue'}
+# %% ../nbs/27_book.ipynb #c4d8d5ea
+key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '09_reliability': 'rescue'}
 
 def facts(folder # reports/results/NAME
          ) -> dict: # name, title, line, verdict, date, claims, figure

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['recipes', 'e1', 'small', 'Recipe', 'add', 'cosine_matched', 'adam', 'recipe', 'denoiser', 'effort', 'train', 'draw']
 
-# %% ../nbs/21_recipes.ipynb #90f3a8ce
+# %% ../nbs/21_recipes.ipynb #01821cc8
 import torch
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import SimpleNamespace
-from torch import nn, Tensor
+from torch import Tensor
 from .runs import Run, progress
 from .schedules import Schedule, cosine, ddpm_cosine, ddpm_linear, edm, grid_edm, grid_uniform, lognormal, pdf, table, w_plain
 from .denoisers import Denoiser
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
 from .embeddings import StepEmbedding
-from .unets import InvertedStepEmbedding, UNet, UNetCifar32, n_params
+from .unets import UNet, UNetCifar32, n_params
 from .training import EMA, Checkpoints, Log, adamw, fit
 
 # %% ../nbs/21_recipes.ipynb #4dbb0292
