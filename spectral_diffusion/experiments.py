@@ -12,7 +12,7 @@ __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_
            'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'readme', 'sdiff_readme',
            'sdiff_promote', 'find_optimal_steps']
 
-# %% ../nbs/22_experiments.ipynb #3bf987c1
+# %% ../nbs/22_experiments.ipynb #d707c1d1
 import argparse, ast, difflib, hashlib, itertools, json, logging, os, pickle, platform, posixpath, re, shutil, signal, subprocess, sys
 import tempfile, threading, time, traceback
 from collections import Counter
@@ -27,6 +27,7 @@ from nbconvert.filters import strip_ansi
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 from .runs import *
 
 # %% ../nbs/22_experiments.ipynb #2b70f6e5
@@ -276,15 +277,16 @@ def live(
         stop.set()
         if bar is not None: thread.join()
 
-# %% ../nbs/22_experiments.ipynb #2347896f
+# %% ../nbs/22_experiments.ipynb #17527e81
 class LiveEngine(Engine):
     "papermill's notebook client with a live bar and a prepared kernel"
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, folder=None, start_timeout=60, **kw):
         env = {**os.environ, 'SDIFF_QUIET': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
-        client = PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name,
-                                         extra_arguments=['--log-level=50'])
-        with live(nb_man.pbar, folder): return client.execute(env=env)
+        with live(nb_man.pbar, folder), tempfile.TemporaryDirectory() as d:
+            sockets = {} if os.name=='nt' else dict(transport='ipc', ip=f'{d}/kernel')
+            return PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name,
+                                           config=Config(KernelManager=sockets), extra_arguments=['--log-level=50']).execute(env=env)
 
 papermill_engines.register('live', LiveEngine)
 
