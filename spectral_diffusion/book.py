@@ -124,8 +124,8 @@ def claims_html(claims # of a metrics.json
     names = ''.join(f'<th>{n}</th>' for n in ('claim', 'value', 'n', 'seed figure', 'goal', 'met'))
     return f'<div class="table-scroll"><table class="table sortable"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
 
-# %% ../nbs/27_book.ipynb #c4d8d5ea
-key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '09_reliability': 'rescue'}
+# %% ../nbs/27_book.ipynb #07889c6b
+key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '03_spectral_benchmark': 'loss-time', '09_reliability': 'rescue', '11_schedules': 'finalists'}
 
 def facts(folder # reports/results/NAME
          ) -> dict: # name, title, line, verdict, date, claims, figure

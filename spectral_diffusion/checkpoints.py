@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['refuse_pickle', 'sync', 'durable', 'flatten', 'unflatten', 'pack', 'Damaged', 'crc', 'Store', 'save_weights',
-           'load_weights']
+           'load_weights', 'kept']
 
-# %% ../nbs/14_checkpoints.ipynb #7d4d55d6
-import errno, json, operator, os, re, secrets, shutil, torch, warnings, zlib
+# %% ../nbs/14_checkpoints.ipynb #6186bde5
+import errno, json, multiprocessing, operator, os, re, secrets, shutil, sys, time, torch, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from fastcore.all import AttrDict, patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .benchmarks import si
-from .runs import check_writable, replacing
+from .runs import Run, check_writable, progress, replacing
 
 # %% ../nbs/14_checkpoints.ipynb #8920f47f
 def refuse_pickle(
@@ -374,3 +375,32 @@ def load_weights(
     refuse_pickle(path)
     model.load_state_dict(load_file(path))
     return model
+
+# %% ../nbs/14_checkpoints.ipynb #d4bd6472
+def _file(folder, job): return Path(folder)/('-'.join(map(str, job)).replace(', ', '-').replace(' ', '-').replace('/', '-') + '.pt')
+
+def _keep(job, compute, folder, until):
+    Run.current = None                                                   # a worker has no bar of its own
+    if _file(folder, job).exists() or until and time.time() > until: return
+    out = compute(job)
+    with replacing(_file(folder, job)) as tmp: torch.save(out, tmp)
+
+def kept(
+    jobs,        # named tuples, each of which says what its result depends on
+    compute,     # job -> result; a function of the notebook's top level
+    folder,      # where results are kept: a run's `checkpoints`
+    desc='jobs', # one word for the bar
+    workers=1,   # processes, Linux only; everything else runs one after the other
+    until=None,  # a time after which nothing new is begun
+): # dict job -> result
+    "The results of all jobs, computed where no file has them; `TimeoutError` if time was up before the last one began"
+    f, run, todo = partial(_keep, compute=compute, folder=folder, until=until), Run.current, [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()]
+    if len({_file(folder, j) for j in jobs}) < len({*jobs}): raise ValueError('two jobs have one file name: their fields differ only in spaces, commas or slashes')
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        if workers > 1 and sys.platform == 'linux':
+            with multiprocessing.get_context('fork').Pool(workers, maxtasksperchild=1) as pool: [*progress(pool.imap_unordered(f, todo), len(todo), desc)]
+        else: [f(j) for j in progress(todo, desc=desc)]
+    finally: Run.current = run
+    if missing := [j for j in jobs if not _file(folder, j).exists()]: raise TimeoutError(f'{len(missing)} {desc} were not begun in time: run again to go on')
+    return {j: torch.load(_file(folder, j), weights_only=False) for j in jobs}

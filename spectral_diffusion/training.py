@@ -6,7 +6,7 @@
 __all__ = ['denoising_loss', 'lr_scale', 'adamw', 'Stop', 'call', 'rng_state', 'set_rng_state', 'TrainState', 'tell', 'share',
            'mean_over', 'spread', 'next_batch', 'grad_norm', 'fit', 'EMA', 'Log', 'LiveLoss', 'Checkpoints']
 
-# %% ../nbs/15_training.ipynb #36fc205c
+# %% ../nbs/15_training.ipynb #5664365c
 import math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
 from IPython.display import display
 from fastcore.basics import patch
@@ -15,25 +15,28 @@ from torch import nn, Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from .runs import Run, progress
-from .fourier import noise_like
+from .fourier import hartley, noise_like, same_size
 from .schedules import draw_t, to_target, x0_per_target
 from .denoisers import Denoiser
 from .checkpoints import Store
 
-# %% ../nbs/15_training.ipynb #4eff9de8
+# %% ../nbs/15_training.ipynb #2e8e8afb
 def denoising_loss(denoiser:Denoiser, # network, target and schedule
                    x0:Tensor, # clean fields, (B, C, *S)
                    t:Tensor, # times, (B,), in (0, 1]
                    eps:Tensor, # unit white noise of the same shape
                    cond=None, # condition for the network
-                   weight=None # log-SNR -> weight of a squared x0 error; None: plain error of the target
+                   weight=None, # log-SNR -> weight of a squared x0 error; None: plain error of the target
+                   spectrum:Tensor=None # weight per frequency, (*S), laid out as `freqs`; None: all count the same
                   ) -> Tensor: # (B,)
     "How far the network is from its target, per item"
     sch, name, sd = denoiser.schedule, denoiser.target, denoiser.sd
     a, s = sch.coeffs(t, x0)
     X0, E = sch.to(x0), sch.to(eps)
     pred = denoiser.predict(sch.back(a*X0 + s*E), t, cond)
-    err = (sch.to(pred.float()) - to_target(name, X0, E, a, s, sd)).square()
+    err = sch.to(pred.float()) - to_target(name, X0, E, a, s, sd)
+    if spectrum is not None: err = (err if sch.filter else hartley(err))*(same_size(spectrum, x0)/spectrum.mean()).sqrt().to(err)
+    err = err.square()
     if weight:
         a = a.clamp(min=1e-6)                       # at zero SNR both factors have limits, and their product too
         err = err*weight(2*(a/s).log())*x0_per_target(name, a, s, sd)**2
@@ -170,7 +173,7 @@ def grad_norm(params # list of parameters
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
-# %% ../nbs/15_training.ipynb #b2fddf92
+# %% ../nbs/15_training.ipynb #bc9e2f35
 def fit(denoiser:Denoiser, # trained in place
         data, # endless iterable of clean fields (B, C, *S), or of pairs (fields, condition)
         steps:int, # optimiser steps
@@ -188,7 +191,7 @@ def fit(denoiser:Denoiser, # trained in place
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients"
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip, accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
-                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=denoiser.sd))
+                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()))
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
     dev, params, batches = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)

@@ -76,7 +76,7 @@ class DiTBlock(nn.Module):
         x = x + open(ga, self.attn(modulate(self.norm(x), a)))
         return x + open(gm, self.mlp(modulate(self.norm(x), m)))
 
-# %% ../nbs/13_transformers.ipynb #a447470d
+# %% ../nbs/13_transformers.ipynb #a5497676
 class DiT(nn.Module):
     "(x, log-SNR, class) -> answer, for 1, 2 or 3 spatial dims"
     def __init__(self,
@@ -89,7 +89,8 @@ class DiT(nn.Module):
         span:tuple=None, # spatial size in voxels onto which other sizes are stretched; None: count patches
         out:int=None, # channels of the answer; None: `channels`
         classes:int=0, # number of class labels; 0: unconditional
-        recompute:bool=False # keep less memory in training and compute more?
+        recompute:bool=False, # keep less memory in training and compute more?
+        tell=None # size -> module (condition, B) -> (B, size), as in `UNet`
     ):
         super().__init__()
         self.patch = (patch,)*dim if isinstance(patch, int) else tuple(patch)
@@ -101,6 +102,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, heads, width) for _ in range(depth))
         self.norm,self.ada = ChannelNorm(width, eps=1e-6, elementwise_affine=False),zero(nn.Linear(width, 2*width))
         self.head = zero(Pointwise(width, (out or channels)*n))
+        self.tell = tell(width) if tell else None
 
     @property
     def mid(self): return self.blocks[(len(self.blocks)-1)//2]
@@ -108,12 +110,12 @@ class DiT(nn.Module):
 # %% ../nbs/13_transformers.ipynb #b3e30864
 DiT.embed = UNet.embed
 
-# %% ../nbs/13_transformers.ipynb #4b4ddc87
+# %% ../nbs/13_transformers.ipynb #7afba36f
 @patch
 def forward(self:DiT,
             x:Tensor, # scaled noisy field, (B, C, *S)
             logsnr:Tensor, # (B,)
-            cond=None # class labels (B,) or None
+            cond=None # class labels (B,), what `tell` reads, or None
            ) -> Tensor: # the answer, (B, out, *S)
     "Cut, talk, put together"
     e, h = self.embed(logsnr, cond), self.stem(patchify(x, self.patch))
