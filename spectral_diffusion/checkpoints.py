@@ -376,8 +376,8 @@ def load_weights(
     model.load_state_dict(load_file(path))
     return model
 
-# %% ../nbs/14_checkpoints.ipynb #d4bd6472
-def _file(folder, job): return Path(folder)/('-'.join(map(str, job)).replace(', ', '-').replace(' ', '-').replace('/', '-') + '.pt')
+# %% ../nbs/14_checkpoints.ipynb #76e436ff
+def _file(folder, job): return Path(folder)/(re.sub(r'[^\w.=-]+', '-', '-'.join(map(str, job))).strip('-') + '.pt')
 
 def _keep(job, compute, folder, until):
     Run.current = None                                                   # a worker has no bar of its own
@@ -395,10 +395,10 @@ def kept(
 ): # dict job -> result
     "The results of all jobs, computed where no file has them; `TimeoutError` if time was up before the last one began"
     f, run, todo = partial(_keep, compute=compute, folder=folder, until=until), Run.current, [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()]
-    if len({_file(folder, j) for j in jobs}) < len({*jobs}): raise ValueError('two jobs have one file name: their fields differ only in spaces, commas or slashes')
+    if len({_file(folder, j) for j in jobs}) < len({*jobs}): raise ValueError('two jobs have one file name: their fields differ only in spaces or signs')
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        if workers > 1 and sys.platform == 'linux':
+        if min(workers, len(todo)) > 1 and sys.platform == 'linux':
             with multiprocessing.get_context('fork').Pool(workers, maxtasksperchild=1) as pool: [*progress(pool.imap_unordered(f, todo), len(todo), desc)]
         else: [f(j) for j in progress(todo, desc=desc)]
     finally: Run.current = run

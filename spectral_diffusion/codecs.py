@@ -8,8 +8,8 @@ __all__ = ['bases', 'Codec', 'latent_shape', 'block_matrix', 'Blocks', 'SpaceToD
            'Shuffle', 'AutoEncoder', 'train_codec', 'block_average', 'admit', 'prefix', 'DCAE', 'PrefixLoss', 'VQVAE',
            'codebook_use']
 
-# %% ../nbs/18_codecs.ipynb #d80533cc
-import copy, hashlib, json, math, torch, torch.nn.functional as F
+# %% ../nbs/18_codecs.ipynb #c86876a4
+import hashlib, json, math, torch, torch.nn.functional as F
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .runs import progress
-from .fourier import dct, haar, noise_like, spatial
+from .fourier import dct, haar, noise_like
 from .metrics import Score, psnr
 from .unets import layer, norm, zero
 from .transformers import patchify, unpatchify

@@ -6,8 +6,8 @@
 __all__ = ['modes', 'Parts', 'Maps', 'Counts', 'Told', 'Conditioned', 'Mode', 'by_bins', 'network', 'SizeWeighted', 'ControlNet',
            'size_agreement', 'Move', 'identity', 'draw_move', 'moved', 'moved_parts', 'Omega', 'ScoreAug', 'SDA']
 
-# %% ../nbs/17_conditioning.ipynb #1654f3d1
-import copy, itertools, math, torch, torch.nn.functional as F
+# %% ../nbs/17_conditioning.ipynb #e656dc6a
+import copy, itertools, torch, torch.nn.functional as F
 from functools import partial
 from typing import Callable, NamedTuple
 from torch import nn, Tensor

@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'e1', 'small', 'default', 'volume_recipes', 'Recipe', 'add', 'cosine_matched', 'adam', 'recipe', 'denoiser',
            'effort', 'train', 'draw', 'flow_density', 'VolumeRecipe', 'add_volume']
 
-# %% ../nbs/21_recipes.ipynb #0dd5a052
+# %% ../nbs/21_recipes.ipynb #3b3664ac
 import math, torch
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -20,7 +20,7 @@ from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
 from .embeddings import StepEmbedding
 from .unets import UNet, UNetCifar32, VolumeUNet, n_params
-from .transformers import DiT, dit
+from .transformers import dit
 from .training import EMA, Checkpoints, Log, adamw, denoising_loss, fit
 from .conditioning import SDA, ScoreAug, SizeWeighted, modes, network
 
