@@ -256,7 +256,20 @@ class Adapted(nn.Module):
     def __init__(self, block, adapter): super().__init__(); self.block,self.adapter = block,adapter
     def forward(self, x, e): return self.adapter(self.block(x, e), e=e)
 
-# %% ../nbs/12_unets.ipynb #5b9d3bc3
+# %% ../nbs/12_unets.ipynb #30ad634a
+def _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell):
+    if blocks < 1 or any(a not in range(len(mults)) for a in (*attn, *spectral)): raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} and spectral={spectral} must name levels below {len(mults)}')
+    known(adapters, ('input', 'output', 'block', 'amplitude', 'phase', 'skip'))
+    if 'skip' in adapters and out not in (None, channels): raise ValueError(f'what is skipped past the network has {channels} channels and the answer {out}: leave "skip" out')
+    if tell and classes: raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
+
+def _outside(dim, channels, out, emb, adapters):
+    "Adapters before, behind and past a network; None where there is none"
+    first = [new for old, new in dict(input='gain', amplitude='amplitude', phase='phase').items() if old in adapters]
+    return (Adapter(dim, channels, emb, first) if first else None, Adapter(dim, out, emb) if 'output' in adapters else None,
+            SkipFilter(dim, channels, emb, ('amplitude',)) if 'skip' in adapters else None)
+
+# %% ../nbs/12_unets.ipynb #874ecf94
 class UNet(nn.Module):
     "(x, log-SNR, class) -> answer of x's shape, for 1, 2 or 3 spatial dims"
     def __init__(self,
@@ -275,9 +288,7 @@ class UNet(nn.Module):
         tell=None # size -> module (condition, B) -> (B, size), added to the noise level's vector in place of a class
     ):
         super().__init__()
-        if blocks < 1 or any(a not in range(len(mults)) for a in (*attn, *spectral)): raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} and spectral={spectral} must name levels below {len(mults)}')
-        known(adapters, ('input', 'output', 'block', 'amplitude', 'phase', 'skip'))
-        if 'skip' in adapters and out not in (None, channels): raise ValueError(f'what is skipped past the network has {channels} channels and the answer {out}: leave "skip" out')
+        _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell)
         emb, k = 4*base, dict(kernel_size=patch, stride=patch) if patch > 1 else dict(kernel_size=3, padding=1)
         plain = lambda i, o, level: (SpectralBlock if level in spectral else ResBlock)(dim, i, o, emb, dropout)
         res = (lambda i, o, level: Adapted(plain(i, o, level), Adapter(dim, o, emb))) if 'block' in adapters else plain
@@ -292,11 +303,8 @@ class UNet(nn.Module):
         last = layer('ConvTranspose' if patch > 1 else 'Conv', dim)(width[0], out or channels, **k)
         self.head = nn.Sequential(norm(width[0]), nn.SiLU(), zero(last))
         self.pool,self.blocks,self.patch = layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch
-        first = [new for old, new in dict(input='gain', amplitude='amplitude', phase='phase').items() if old in adapters]
-        self.first,self.last = Adapter(dim, channels, emb, first) if first else None, Adapter(dim, out or channels, emb) if 'output' in adapters else None
-        self.skip = SkipFilter(dim, channels, emb, ('amplitude',)) if 'skip' in adapters else None
+        self.first,self.last,self.skip = _outside(dim, channels, out or channels, emb, adapters)
         self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
-        if tell and classes: raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
         self.tell = tell(emb) if tell else None
         self.to(memory_format=self.layout)
 
