@@ -288,7 +288,7 @@ _ask = """() => {
   if (wide > 1) out.push('page is ' + wide + ' pixels wider than its window');
   return out; }"""
 
-# %% ../nbs/27_book.ipynb #85ce0e19
+# %% ../nbs/27_book.ipynb #c639104e
 def problems(tab, # of Playwright
              url, # of a page
              widths=(1280, 390), # of the window, of a desk and of a phone, pixels
@@ -298,6 +298,7 @@ def problems(tab, # of Playwright
     seen, size = [], lambda w: tab.set_viewport_size(dict(width=w, height=900))
     handlers = dict(console=lambda m: seen.append(f'console: {m.text}') if m.type in ('error', 'warning') else None, pageerror=lambda e: seen.append(f'script: {e}'),
                     requestfailed=lambda r: seen.append(f'request fails: {r.url[:100]}'), response=lambda r: seen.append(f'{r.status}: {r.url[:100]}') if r.status >= 400 else None)
+    tab.goto('about:blank')                      # what an earlier page still waits for is no problem of this one
     for k, f in handlers.items(): tab.on(k, f)
     size(widths[0]); tab.goto(url, wait_until='load')
     for w in widths:

@@ -107,3 +107,11 @@ def test_planted_faults_are_seen(word, tab, tmp_path):
     with Served(tmp_path) as url:
         assert problems(tab, url + 'ok.html') == []
         assert any(word in p for p in problems(tab, url + 'bad.html'))
+
+def test_an_earlier_page_is_not_blamed(tab, url, tmp_path):
+    "A page that is left while it still loads has requests that fail: they are not the next page's"
+    (tmp_path/'ok.html').write_text('<!doctype html><link rel="icon" href="data:,"><main><p>fine</p></main>')
+    with Served(tmp_path) as here:
+        for _ in range(5):
+            tab.goto(url + 'reports/index.html', wait_until='commit')
+            assert problems(tab, here + 'ok.html') == []
