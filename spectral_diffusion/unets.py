@@ -548,9 +548,10 @@ class Step(nn.Module):
     def __init__(self, conv, up): super().__init__(); self.conv,self.up = conv, up
     def forward(self, h, e, size=None): return self.conv(F.interpolate(h, size) if self.up else h)
 
-# %% ../nbs/12_unets.ipynb #57a10860
+# %% ../nbs/12_unets.ipynb #93a4e988
 class VolumeUNet(nn.Module):
     "Seed 003's network, (x, log-SNR, condition) -> answer, for 1, 2 or 3 spatial dims"
+    skip = None                                                        # nothing goes past it, as in a `UNet` without that adapter
     def __init__(self,
         dim:int=3, # spatial dims, 1 to 3
         channels:int=1, # of the field, and of what lies beside it
