@@ -24,19 +24,25 @@ class Denoiser(nn.Module):
         net:nn.Module, # (scaled x_t, log-SNR (B,), cond) -> answer of the same shape
         schedule:Schedule, # path and clock
         target:str='v', # what the network answers: eps, x0, v, u or F
-        sd=1. # std of the data, or in a filtered schedule one per frequency, (*S): scales the input, and F
+        sd=1., # std of the data, or in a filtered schedule one per frequency, (*S): scales the input, and F
+        sd_in=None # std that scales the input, one number or one per frequency; None: `sd`
     ):
         super().__init__()
         target_row(target, torch.ones(1), torch.ones(1))          # refuses an unknown target
-        if spectral := torch.is_tensor(sd) and sd.ndim > 0: schedule = _in_frequency(schedule, sd)
         self.net,self.schedule,self.target = net,schedule,target
-        self.register_buffer('sd', sd.float()) if spectral else setattr(self, 'sd', sd)
+        for k, v in dict(sd=sd, sd_in=sd if sd_in is None else sd_in).items():
+            if torch.is_tensor(v) and v.ndim: self.schedule = _in_frequency(schedule, v); self.register_buffer(k, v.float())
+            else: setattr(self, k, v)
+
+    def input_std(self, t, x):
+        "What x_t is divided by, where the schedule works"
+        a, s = self.schedule.coeffs(t, x)
+        return (a**2*self.sd_in**2 + s**2).sqrt()
 
     def predict(self, x, t, cond=None):
         "The network's raw answer, in the target's terms"
         if not x.is_cuda: check_times(t)
-        a, s = self.schedule.coeffs(t, x)
-        scaled = self.schedule.back(self.schedule.to(x)/(a**2*self.sd**2 + s**2).sqrt())
+        scaled = self.schedule.back(self.schedule.to(x)/self.input_std(t, x))
         logsnr = self.schedule.logsnr(_d(t).to(x.device)).clamp(-20, 20).to(x).expand(len(x))
         return self.net(scaled, logsnr, cond)
 

@@ -125,7 +125,7 @@ def answers(denoiser, # a `Denoiser` with a network
             ts:Tensor # times, (K,)
            ) -> Tensor: # (K, B, C, *S)
     "The raw answers to one and the same input, said to be at other times"
-    def scaled(t): a, s = denoiser.schedule.coeffs(t, x); return denoiser.schedule.back(denoiser.schedule.to(x)*(a**2*denoiser.sd**2 + s**2).sqrt())
+    def scaled(t): return denoiser.schedule.back(denoiser.schedule.to(x)*denoiser.input_std(t, x))
     return torch.stack([denoiser.predict(scaled(t), t) for t in ts])
 
 # %% ../nbs/20_diagnostics.ipynb #e67c5298

@@ -133,29 +133,29 @@ _small = 100      # places up to which the matrix is faster
 
 def to_modes(x:Tensor, # real field, (B, C, *S)
              blocks:int # of channels
-            ) -> Tensor: # (modes, blocks, B, 2 g): real parts, imaginary parts
+            ) -> Tensor: # real and imaginary parts, (modes, blocks, 2, B, g)
     "`rfftn` with modes first, channels last, in real numbers"
-    if math.prod(x.shape[2:]) > _small: return torch.view_as_real(rfftn(x).flatten(2)).unflatten(1, (blocks, -1)).permute(3, 1, 0, 4, 2).flatten(3)
+    if math.prod(x.shape[2:]) > _small: return torch.view_as_real(rfftn(x).flatten(2)).unflatten(1, (blocks, -1)).permute(3, 1, 4, 0, 2).contiguous()
     A = fourier_matrices(tuple(x.shape[2:]), x.dtype, x.device)[0]
-    return (A @ x.flatten(2).permute(2, 0, 1).flatten(1)).view(len(A)//2, 2, len(x), blocks, -1).permute(0, 3, 2, 1, 4).flatten(3)
+    return (A @ x.flatten(2).permute(2, 0, 1).flatten(1)).view(len(A)//2, 2, len(x), blocks, -1).permute(0, 3, 1, 2, 4)
 
-def from_modes(R:Tensor, # (modes, blocks, B, 2 g)
+def from_modes(R:Tensor, # (modes, blocks, 2, B, g)
                size:tuple # spatial size of the field, S
               ) -> Tensor: # real field, (B, C, *S)
     "The inverse of `to_modes`"
-    R = R.unflatten(3, (2, -1))
-    if math.prod(size) > _small: return irfftn(torch.view_as_complex(R.permute(2, 1, 4, 0, 3).contiguous()).flatten(1, 2).unflatten(2, (*size[:-1], -1)), size)
+    if math.prod(size) > _small: return irfftn(torch.view_as_complex(R.permute(3, 1, 4, 0, 2).contiguous()).flatten(1, 2).unflatten(2, (*size[:-1], -1)), size)
     A = fourier_matrices(tuple(size), R.dtype, R.device)[1]
-    y = A @ R.permute(0, 3, 2, 1, 4).reshape(A.shape[1], -1)
-    return y.view(len(A), R.shape[2], -1).permute(1, 2, 0).unflatten(2, size)
+    y = A @ R.permute(0, 2, 3, 1, 4).reshape(A.shape[1], -1)
+    return y.view(len(A), R.shape[3], -1).permute(1, 2, 0).unflatten(2, size)
 
 # %% ../nbs/12_unets.ipynb #689afcde
-def mode_product(R:Tensor, # (modes, blocks, B, 2 g)
+def mode_product(R:Tensor, # (modes, blocks, 2, B, g)
                  a:Tensor, # real parts of the matrices, (modes, blocks, g, g)
                  b:Tensor # imaginary parts
-                ) -> Tensor: # (modes, blocks, B, 2 g)
+                ) -> Tensor: # (modes, blocks, 2, B, g)
     "A complex matrix product at every mode"
-    return R @ torch.cat([torch.cat([a, b], -1), torch.cat([-b, a], -1)], -2)
+    Z = torch.complex(*R.unbind(2)) @ torch.complex(a, b)
+    return torch.stack([Z.real, Z.imag], 2)
 
 # %% ../nbs/12_unets.ipynb #3062d7c4
 class SpectralBranch(Mixer):
@@ -168,15 +168,14 @@ class SpectralBranch(Mixer):
         self.a,self.b = (ModeMatrix(dim, channels, blocks) for _ in range(2))
 
     def spectrum(self, x, e):
-        "The answer, per frequency: (modes, blocks, B, 2 g)"
+        "The answer, per frequency: (modes, blocks, 2, B, g)"
         S, (T, share) = x.shape[2:], tents(tuple(x.shape[2:]), self.n, x.dtype, x.device)
-        R, (a, b) = to_modes(x, self.blocks), self.a(S, x)
-        Z = mode_product(R, a + torch.eye(a.shape[-1]).to(a), b)
-        Z = Z.unflatten(3, (2, -1)); P = Z.square().sum(3)                                      # (modes, blocks, B, g)
+        a, b = self.a(S, x)
+        Z = mode_product(to_modes(x, self.blocks), a + torch.eye(a.shape[-1]).to(a), b); P = Z.square().sum(2)
         p = (share @ P.flatten(1)).unflatten(1, P[0].shape).permute(2, 1, 3, 0).flatten(1, 2)    # of the bands, (B, C, n)
-        spread = lambda m: (T.T @ m(e, p).unflatten(1, (self.blocks, -1)).permute(3, 1, 0, 2).flatten(1)).exp().view_as(P)
-        gain = spread(self.gain)*P/(P + spread(self.floor))
-        return mode_product((Z*gain[...,None,:]).flatten(3), *self.b(S, x))
+        L = torch.stack([self.gain(e, p), self.floor(e, p)]).unflatten(2, (self.blocks, -1)).permute(4, 0, 2, 1, 3)
+        g, N = (T.T @ L.flatten(1)).exp().unflatten(1, (2, *P.shape[1:])).unbind(1)
+        return mode_product(Z*(g*P/(P + N))[:,:,None], *self.b(S, x))
 
     def mix(self, x, e): return from_modes(self.spectrum(x, e.to(x.dtype)), x.shape[2:])
 
@@ -226,23 +225,29 @@ class Adapter(Mixer):
         make = dict(gain=lambda: BandGain(channels, emb, n, listen=False), amplitude=lambda: BandGain(channels, emb, n), phase=lambda: BandShift(dim, channels, emb, n))
         self.n,self.parts = n, nn.ModuleDict({k: make[k]() for k in known(parts, make)})
 
+    def log_factor(self, X, size, e):
+        "Logarithm of what each mode is multiplied by, (B, C, *half), real unless something moves"
+        T, share = tents(tuple(size), self.n, X.real.dtype, X.device)
+        p = torch.view_as_real(X).square().sum(-1).flatten(2) @ share.T
+        L = sum(m(e, p) for k, m in self.parts.items() if k != 'phase') @ T if {*self.parts} - {'phase'} else X.real.new_zeros(())
+        if 'phase' not in self.parts: return L.view(X.shape)
+        odd = (2*math.pi*coords(size)).sin().flatten(0, -2).to(T)
+        angle = torch.einsum('bncd,nm,md->bcm', self.parts['phase'](e, p), T, odd)
+        return torch.complex(L.expand_as(angle), -angle).view(X.shape)
+
     def spectrum(self, x, e):
         "The new spectrum, (B, C, *half)"
-        X, (T, share) = rfftn(x), tents(tuple(x.shape[2:]), self.n, x.dtype, x.device)
-        p = torch.view_as_real(X).square().sum(-1).flatten(2) @ share.T
-        gains = [m(e, p) for k, m in self.parts.items() if k != 'phase']
-        if gains: X = X*(sum(gains) @ T).exp().view(X.shape)
-        if 'phase' not in self.parts: return X
-        odd = (2*math.pi*coords(x.shape[2:])).sin().flatten(0, -2).to(x)
-        angle = torch.einsum('bncd,nm,md->bcm', self.parts['phase'](e, p), T, odd)
-        return X*torch.polar(torch.ones_like(angle), -angle).view(X.shape)
+        X = rfftn(x)
+        return X*self.log_factor(X, x.shape[2:], e).exp()
 
     def mix(self, x, e): return irfftn(self.spectrum(x, e.to(x.dtype)), x.shape[2:])
 
 # %% ../nbs/12_unets.ipynb #92d22baf
 class SkipFilter(Adapter):
     "What an `Adapter` adds to a field; 0 at first"
-    def mix(self, x, e): return irfftn(self.spectrum(x, e.to(x.dtype)) - rfftn(x), x.shape[2:])
+    def spectrum(self, x, e):
+        X = rfftn(x)
+        return X*self.log_factor(X, x.shape[2:], e).expm1()
 
 # %% ../nbs/12_unets.ipynb #1a8d1e5f
 class Bottleneck(nn.Module):
