@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parts', 'key_figures', 'part_of', 'directives', 'visible', 'defined', 'page_name', 'retarget', 'Linker', 'head',
-           'page', 'claims_html', 'facts', 'card', 'gallery', 'report_page', 'sidebar', 'stage', 'mathml',
-           'self_contained', 'render', 'Links', 'broken_links', 'find_browser', 'Served', 'problems', 'Browser',
-           'check_site', 'sdiff_site']
+           'page', 'claims_html', 'goals', 'missed', 'verdict_of', 'saved', 'facts', 'card', 'gallery', 'report_page',
+           'sidebar', 'stage', 'mathml', 'self_contained', 'render', 'Links', 'broken_links', 'find_browser', 'Served',
+           'problems', 'Browser', 'check_site', 'sdiff_site']
 
 # %% ../nbs/27_book.ipynb #de15ff6c
 import argparse, ast, html, re, shutil, subprocess, sys, threading
@@ -113,7 +113,7 @@ def page(file, # a notebook
 
 # %% ../nbs/27_book.ipynb #47754982
 def claims_html(claims # of a metrics.json
-               ) -> str: # a sortable table
+               ) -> str: # a table
     "The claims of a report as HTML"
     def num(v, text): return f'<td data-v="{"" if v is None else float(v)}">{text}</td>'
     def row(c):
@@ -122,50 +122,79 @@ def claims_html(claims # of a metrics.json
         return (f'<tr><td>{html.escape(c.name)}</td>' + num(c.value, f'{fmt(c.value)}{iv} {html.escape(c.unit or "")}') + num(c.n, '-' if c.n is None else f'{c.n:,}')
                 + num(c.seed_value, fmt(c.seed_value)) + f'<td>{html.escape(c.goal or "-")}</td><td><span class="met {met[0]}">{met[1]}</span></td></tr>')
     names = ''.join(f'<th>{n}</th>' for n in ('claim', 'value', 'n', 'seed figure', 'goal', 'met'))
-    return f'<div class="table-scroll"><table class="table sortable"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
+    return f'<div class="table-scroll"><table class="table claims"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
+
+# %% ../nbs/27_book.ipynb #77d8c43b
+def goals(claims # of a metrics.json
+         ) -> str: # such as '6 of 8 goals met'
+    "What became of the goals"
+    met = [c.met for c in claims if c.met is not None]
+    if len(met) < 2: return {(): 'no goal set', (True,): 'goal met', (False,): 'goal missed'}[(*met,)]
+    return f'{"all" if all(met) else f"{sum(met)} of"} {len(met)} goals met'
+
+def missed(claims, # of a metrics.json
+           n=2 # so many are named, the others counted
+          ) -> str: # empty if nothing was missed
+    "The claims that missed their goals, shortly"
+    names = [c.name for c in claims if c.met is False]
+    return 'missed: ' + '; '.join(names[:n]) + (f'; and {len(names) - n} more' if len(names) > n else '') if names else ''
+
+def verdict_of(m # a metrics.json
+              ) -> str:
+    "The report's own word; without one, what became of its goals"
+    own = m.metrics.get('verdict')
+    return goals(m.claims) if own in (None, '', 'measured') else own
 
 # %% ../nbs/27_book.ipynb #07889c6b
-key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '03_spectral_benchmark': 'loss-time', '09_reliability': 'rescue', '11_schedules': 'finalists'}
+key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '02_spectral_mixing': 'speed', '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
+               '06_volumes_latent': 'reconstructions', '07_volumes_wavelet': 'collapse', '08_samplers': 'oracle', '09_reliability': 'rescue', '10_peers': 'minutes', '11_schedules': 'finalists'}
 
+def saved(nb # a report
+         ) -> list: # names
+    "The figures that a report saves, in order"
+    return re.findall(r"run\.figure\(.*?'([\w-]+)'\)", '\n'.join(c.source for c in nb.cells if c.cell_type == 'code'))
+
+
+# %% ../nbs/27_book.ipynb #5e01eac1
 def facts(folder # reports/results/NAME
          ) -> dict: # name, title, line, verdict, date, claims, figure
     "What the gallery says about a report"
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
     nb = nbformat.read(folder/'report.ipynb', 4)
-    saved = re.findall(r"run\.figure\(.*?'(\w+)'\)", '\n'.join(c.source for c in nb.cells if c.cell_type == 'code'))
-    key = key_figures.get(folder.name) or next((s for s in saved if (folder/'figures'/f'{s}.png').exists()), None)
+    key = key_figures.get(folder.name) or next((s for s in saved(nb) if (folder/'figures'/f'{s}.png').exists()), None)
     date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str(folder.absolute())], cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb)
-    return dict(name=folder.name, title=title, line=line, verdict=m.metrics.get('verdict', 'measured'), date=date or 'not committed', claims=m.claims, figure=key and f'{key}.png')
+    return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed', claims=m.claims, figure=key and f'{key}.png')
 
 # %% ../nbs/27_book.ipynb #f8bf64f8
-def _goals(claims):
-    goals = [c for c in claims if c.met is not None]
-    return f'{sum(c.met for c in goals)} of {len(goals)} goals met'
+def _summary(f):
+    "Verdict, goals and date in one line, as HTML"
+    more = [t for t in (goals(f['claims']), f['date']) if t != f['verdict']]
+    return f'<span class="verdict">{html.escape(f["verdict"])}</span> {" · ".join(more)}'
 
 def card(f # from `facts`
         ) -> str:
     "A report in the gallery"
     img = f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">' if f['figure'] else ''
-    return (f'<a class="report" href="{f["name"]}.html">{img}<span class="body"><strong>{html.escape(f["title"])}</strong><span class="line">{html.escape(f["line"])}</span>'
-            f'<span class="facts"><span class="verdict">{html.escape(f["verdict"])}</span> {_goals(f["claims"])} · {f["date"]}</span></span></a>')
+    lines = ''.join(f'<span class="{k}">{html.escape(t)}</span>' for k, t in (('line', f['line']), ('missing', missed(f['claims']))) if t)
+    return f'<a class="report" href="{f["name"]}.html">{img}<span class="body"><strong>{html.escape(f["title"])}</strong>{lines}<span class="facts">{_summary(f)}</span></span></a>'
 
 # %% ../nbs/27_book.ipynb #79cf575c
 def gallery(all_facts # list from `facts`
            ) -> str: # a page, markdown
     "The index of the reports"
-    rows = ''.join(f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(f["verdict"])}</td><td>{_goals(f["claims"])}</td><td>{f["date"]}</td></tr>' for f in all_facts)
+    rows = ''.join(f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(f["verdict"])}</td><td>{goals(f["claims"])}</td><td>{f["date"]}</td></tr>' for f in all_facts)
     names = ''.join(f'<th>{n}</th>' for n in ('report', 'verdict', 'goals', 'date'))
     return ('---\ntitle: Reports\nsubtitle: Executed notebooks with every number measured by the run that shows it.\ntoc: false\n---\n\n'
             f'<div class="gallery">{"".join(map(card, all_facts))}</div>\n\n'
-            f'<div class="table-scroll"><table class="table sortable"><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>\n')
+            f'<div class="table-scroll"><table class="table"><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>\n')
 
 # %% ../nbs/27_book.ipynb #132d3afd
 def report_page(folder # reports/results/NAME
                ):
     "The executed notebook of a report, with its verdict and its claims on top"
     f, nb = facts(folder), page(Path(folder)/'report.ipynb', '../', **{'execute': {'echo': True}})
-    top = (f'<p class="facts"><span class="verdict">{html.escape(f["verdict"])}</span> {_goals(f["claims"])} · {f["date"]} · '
+    top = (f'<p class="facts">{_summary(f)} · '
            f'<a href="{f["name"]}/metrics.json" download>metrics.json</a></p>\n\n{claims_html(f["claims"])}')
     nb.cells.insert(1, nbformat.v4.new_markdown_cell(top))
     return nb
@@ -279,9 +308,10 @@ class Served:
     def __exit__(self, *args): self.server.shutdown(); self.server.server_close()
 
 # %% ../nbs/27_book.ipynb #8fbb4ea4
-_ask = """() => {
+_ask = """async () => {
   const out = [], body = document.querySelector('main') || document.body, wide = document.documentElement.scrollWidth - window.innerWidth;
-  for (const i of document.images) { i.loading = 'eager'; if (i.complete && !i.naturalWidth) out.push('figure does not load: ' + i.src.slice(0, 80)); }
+  for (const i of document.images) i.loading = 'eager';
+  for (const i of document.images) await i.decode().catch(() => out.push('figure does not load: ' + i.src.slice(0, 80)));
   for (const m of document.querySelectorAll('math')) if (!m.getBoundingClientRect().width) out.push('formula without a size: ' + m.textContent);
   const t = document.createTreeWalker(body, NodeFilter.SHOW_TEXT);
   while (t.nextNode()) if (!t.currentNode.parentElement.closest('pre,code,script,style,math') && /\\\\\\(|\\\\\\[|\\$[^$\\s][^$]*\\$/.test(t.currentNode.data)) out.push('raw TeX: ' + t.currentNode.data.trim().slice(0, 60));
@@ -303,7 +333,7 @@ def problems(tab, # of Playwright
     size(widths[0]); tab.goto(url, wait_until='load')
     for w in widths:
         size(w); seen += [f'{p} ({w} pixels)' for p in tab.evaluate(_ask)]
-        if shots: tab.screenshot(path=f'{shots}-{w}.png')
+        if shots: tab.screenshot(path=f'{shots}-{w}.png', full_page=True)
     for k, f in handlers.items(): tab.remove_listener(k, f)
     return seen
 

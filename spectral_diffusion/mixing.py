@@ -211,6 +211,7 @@ class AFNO(Mixer):
         shrink:float=.01 # coefficients smaller than this become 0
     ):
         super().__init__()
+        if channels % blocks: raise ValueError(f'{channels} channels cannot be split into {blocks} blocks')
         c = channels//blocks
         self.w,self.b,self.shrink = nn.Parameter(.02*torch.randn(2, blocks, c, c, 2)),nn.Parameter(.02*torch.randn(2, blocks, c, 1, 2)),shrink
 
@@ -312,6 +313,7 @@ class SelfAttention(nn.Module):
         naive:bool=False # with the whole matrix in memory?
     ):
         super().__init__()
+        if channels % heads: raise ValueError(f'{channels} channels cannot be shared among {heads} heads')
         self.heads,self.causal,self.attend = heads,causal,naive_attention if naive else F.scaled_dot_product_attention
         self.qkv,self.out = nn.Linear(channels, 3*channels),nn.Linear(channels, channels)
 

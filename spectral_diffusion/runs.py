@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['replacing', 'plain', 'revive', 'write_json', 'read_json', 'git_facts', 'cpu_name', 'system_facts', 'check_writable',
-           'Run', 'goal_met', 'fmt', 'claims_table', 'load_run', 'progress']
+           'Run', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'progress', 'overhear']
 
 # %% ../nbs/01_runs.ipynb #022747a4
-import json, math, operator, os, platform, re, subprocess, tempfile, time, warnings
+import json, math, operator, os, platform, re, subprocess, sys, tempfile, textwrap, time, warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from weakref import WeakSet
 from fastcore.all import AttrDict, patch
 
 # %% ../nbs/01_runs.ipynb #8ef7d244
@@ -168,6 +169,12 @@ def figure(self:Run,
 # %% ../nbs/01_runs.ipynb #65732a07
 _ops = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
 
+def _goal(goal):
+    "Its sign and its number"
+    m = re.fullmatch(r'\s*(<=|>=|<|>)\s*(\S+)\s*', goal)
+    if not m: raise ValueError(f"goal {goal!r} is not understood: write it like '<= 0.25' or '>= 1.3'")
+    return m[1], float(m[2])
+
 def goal_met(
     goal,      # '<= 0.25', '>= 1.3', '<', '>', or None
     value,     # the point estimate
@@ -176,10 +183,9 @@ def goal_met(
 ):
     "Whether `goal` holds at the interval's unfavourable end (or at `value` without one); None without a goal"
     if goal is None: return None
-    m = re.fullmatch(r'\s*(<=|>=|<|>)\s*(\S+)\s*', goal)
-    if not m: raise ValueError(f"goal {goal!r} is not understood: write it like '<= 0.25' or '>= 1.3'")
-    end = high if m[1][0]=='<' else low
-    return _ops[m[1]](float(value if end is None else end), float(m[2]))
+    sign, number = _goal(goal)
+    end = high if sign[0]=='<' else low
+    return _ops[sign](float(value if end is None else end), number)
 
 # %% ../nbs/01_runs.ipynb #3a0e1b00
 @patch
@@ -218,16 +224,50 @@ def fmt(
     return '-' if x is None else f'{float(f"{float(x):.3g}"):,.10g}'
 
 # %% ../nbs/01_runs.ipynb #ff23dbf4
+def _value(c):
+    "A claim's value with its interval and unit"
+    iv = '' if c['low'] is None and c['high'] is None else f" [{fmt(c['low'])}, {fmt(c['high'])}]"
+    return f"{fmt(c['value'])}{iv} {c['unit']}".strip()
+
 def claims_table(
     metrics, # `Run.metrics`, or what `load_run` read
 ):
     "Markdown table of the claims: value with its interval, n, the figure compared with, goal, and whether it is met"
     def row(c):
-        iv = '' if c.low is None and c.high is None else f' [{fmt(c.low)}, {fmt(c.high)}]'
         n = '-' if c.n is None else f'{c.n:,}'
-        return c.name, f'{fmt(c.value)}{iv} {c.unit}'.strip(), n, fmt(c.seed_value), c.goal or '-', {None:'-', True:'yes', False:'no'}[c.met]
+        return c.name, _value(c), n, fmt(c.seed_value), c.goal or '-', {None:'-', True:'yes', False:'no'}[c.met]
     rows = [('claim', 'value', 'n', 'seed figure', 'goal', 'met'), ('---',)*6, *map(row, metrics['claims'])]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
+
+# %% ../nbs/01_runs.ipynb #95f73771
+def _claim_row(ax, c, marks):
+    "One claim on its own axis"
+    v, seed, at = (math.nan if o is None else float(o) for o in (c['value'], c['seed_value'], _goal(c['goal'])[1] if c['goal'] else None))
+    ends = [v if o is None or not math.isfinite(float(o)) else float(o) for o in (c['low'], c['high'])]
+    mark, colour = marks[c['met']]
+    ax.plot(ends, [0,0], c=colour, lw=2.5, alpha=.5, solid_capstyle='butt')
+    ax.plot(v, 0, mark, c=colour, ms=7); ax.plot(seed, 0, 'D', c='k', mfc='none', ms=6)
+    if math.isfinite(at):
+        ax.axvline(at, c='k', lw=2); ax.margins(.15); lim = ax.get_xlim()
+        ax.axvspan(at, lim[c['goal'].strip()[0] == '>'], color='k', alpha=.08, lw=0); ax.set_xlim(lim)
+    ax.set(yticks=[0], ylim=(-1,1)); ax.set_yticklabels([textwrap.fill(c['name'], 38)], fontsize=8)
+    ax.tick_params(axis='x', labelsize=7); ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
+    ax.annotate(_value(c), (1.02, .5), xycoords='axes fraction', va='center', fontsize=8)
+
+# %% ../nbs/01_runs.ipynb #b5b46d2d
+def plot_claims(
+    metrics, # `Run.metrics`, or what `load_run` or `read_json` read
+):
+    "One row per claim, on its own scale: value, interval, the goal with its good side, the figure compared with; returns the figure"
+    import matplotlib.pyplot as plt
+    if not (claims := metrics['claims']): raise ValueError('there are no claims to plot: record one with `claim`')
+    marks = {True: ('o', '#006BA4'), False: ('X', '#C85200'), None: ('s', '#595959')}
+    fig, axs = plt.subplots(len(claims), 1, figsize=(8, .55*len(claims)+.5), layout='constrained', squeeze=False)
+    for ax, c in zip(axs[:,0], claims): _claim_row(ax, c, marks)
+    for (mark, colour), name in zip(marks.values(), ('goal met', 'not met', 'no goal')): ax.plot([], [], mark, c=colour, ms=7, label=name)
+    ax.plot([], [], 'D', c='k', mfc='none', ms=6, label='compared with'); ax.plot([], [], '|', c='k', ms=10, mew=2, label='goal (good side grey)')
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=5, fontsize=8, frameon=False)
+    return fig
 
 # %% ../nbs/01_runs.ipynb #2469ceb6
 def load_run(
@@ -242,31 +282,98 @@ def load_run(
                     parameters=read_json(folder/'parameters.json'), system=read_json(folder/'system.json'))
 
 # %% ../nbs/01_runs.ipynb #57d8e32d
-def _tell(it, total, desc, first, every=.5):
-    "Yield from `it`, keeping done, total and eta_s in the current run's `progress.json` while it lasts"
-    file, t0, last = Run.current.folder/'progress.json', time.time(), 0
+class _Bar:
+    "A tqdm bar, for who waits by hand; that of a brief loop goes when it is over"
+    def __init__(self, l):
+        from tqdm.auto import tqdm
+        self.bar = tqdm(total=l.total, desc=l.desc, initial=l.first, leave=not l.after); self.bar.start_t = l.t0
+    def show(self, l): self.bar.n = l.done; self.bar.set_postfix_str(l.note)
+    def close(self): self.bar.close()
+
+class _File:
+    "`progress.json` in the current run's folder, for its runner"
+    def __init__(self, l): self.file = Run.current.folder/'progress.json'
+    def show(self, l):
+        n, note = l.done-l.first, f' ({l.note})' if l.note else ''
+        eta = (time.time()-l.t0)/n*(l.total-l.done) if n > 0 and l.total else None
+        with suppress(OSError): write_json(self.file, dict(desc=l.desc+note, done=l.done, total=l.total, eta_s=eta))
+    def close(self):
+        with suppress(OSError): self.file.unlink(missing_ok=True)
+
+# %% ../nbs/01_runs.ipynb #d65e16b3
+class _Note:
+    "A word behind the clock of the loop around"
+    def __init__(self, l): self.outer = l.outer
+    def show(self, l): self.outer.note = f'{l.desc} {l.done}' + (f'/{l.total}' if l.total else ''); self.outer.tell()
+    def close(self): self.outer.note = ''
+
+# %% ../nbs/01_runs.ipynb #aaef308d
+_loops = WeakSet() # under way, and shown
+
+def _around(frame):
+    "The innermost loop under way that runs the code of `frame`"
+    stack = []
+    while frame: stack.append(frame); frame = frame.f_back
+    return max((l for l in [*_loops] if l.frame in stack), key=lambda l: bool(l.outer), default=None)
+
+# %% ../nbs/01_runs.ipynb #94f517cd
+class _Loop:
+    "A loop under way: who runs it, how far it is, and the clock that shows it"
+    def __init__(self, frame, outer, clock, total, desc, first, after, count, every=.5):
+        self.frame,self.outer,self.clock,self.total,self.desc,self.first,self.after,self.count,self.every = frame,outer,_Note if outer else clock,total,desc,first,after,count,every
+        self.n,self.note,self.shown,self.t0,self.last,self.pid = first,'',None,time.time(),-math.inf,os.getpid()
+    @property
+    def done(self):
+        n = self.count() if self.count else self.n
+        return min(n, self.total) if self.total else n    # a loop may go back, and take more rounds than it has
+    def tell(self, now=False):
+        t = time.time()
+        if not now and (t-self.t0 < self.after or t-self.last < self.every): return
+        self.last, self.shown = t, self.shown or self.clock(self)
+        self.shown.show(self)
+    def end(self):
+        if self.shown: self.tell(True); self.shown.close()
+
+# %% ../nbs/01_runs.ipynb #0af67807
+def _tell(it, **kw):
+    "Yield from `it` and tell a clock about it"
+    me, outer = sys._getframe(1), _around(sys._getframe(1))
+    if outer and outer.outer or any(l.pid != os.getpid() for l in _loops): yield from it; return
+    _loops.add(loop := _Loop(me, outer, **kw))
     try:
-        for i,o in enumerate(it):
-            now = time.time()
-            if now-last > every:
-                done = min(first+i, total or first+i)                # a loop may go back, and take more rounds than it has
-                eta = (now-t0)/i*(total-done) if i and total else None
-                with suppress(OSError): write_json(file, dict(desc=desc, done=done, total=total, eta_s=eta))
-                last = now
-            yield o
-    finally:
-        with suppress(OSError): file.unlink(missing_ok=True)
+        for i,o in enumerate(it, loop.first): loop.n = i; loop.tell(); yield o; loop.n = i+1
+    except GeneratorExit: loop.n += 1                     # who leaves in a round has done it
+    finally: _loops.discard(loop); loop.end()
 
 # %% ../nbs/01_runs.ipynb #d3290123
+_said = None # a list while a test listens
+
 def progress(
     it,         # what to loop over
     total=None, # its length, if `len` does not tell
     desc='',    # one word for the bar
     initial=0,  # how many were done before, by a run that this one resumes
+    after=0.,   # seconds before anything is shown, for calls that mostly are over by then; their bar goes at the end
+    count=None, # function without arguments that says how many are done; None: as many as there were rounds
 ):
     "Loop over `it` with a clock: a bar by hand, `progress.json` under a runner, nothing in tests"
     if total is None and hasattr(it, '__len__'): total = len(it)
-    if os.environ.get('SDIFF_QUIET'): return _tell(it, total, desc, initial) if Run.current else it
-    if os.environ.get('IN_TEST'): return it
-    from tqdm.auto import tqdm
-    return tqdm(it, total=total, desc=desc, initial=initial)
+    kw = dict(total=total, desc=desc, first=initial, after=after, count=count)
+    if _said is not None: return _tell(it, **kw|dict(after=0., every=0., clock=_Said))
+    if os.environ.get('SDIFF_QUIET'): return _tell(it, clock=_File, **kw) if Run.current else it
+    return it if os.environ.get('IN_TEST') else _tell(it, clock=_Bar, **kw)
+
+# %% ../nbs/01_runs.ipynb #e41ebdd2
+class _Said:
+    "What a test hears"
+    def __init__(self, l): self.said = _said
+    def show(self, l): self.said.append((l.desc, l.done, l.total, l.note))
+    def close(self): pass
+
+@contextmanager
+def overhear():
+    "For tests: what `progress` would show inside the block, as a list of (desc, done, total, note)"
+    global _said
+    before, _said = _said, []
+    try: yield _said
+    finally: _said = before

@@ -81,13 +81,69 @@ def test_search(tab, url):
     box.click(); box.press_sequentially('rapsd'); tab.wait_for_timeout(1500)
     assert tab.locator('a[href*="fourier.html"]:visible').count() >= 1
 
+tables = """() => [...document.querySelectorAll('main table')].map(table => {
+  const heads = [...(table.tHead?.rows[0]?.cells ?? [])], rows = () => [...(table.tBodies[0]?.rows ?? [])], column = i => rows().map(r => r.cells[i].dataset.v ?? r.cells[i].textContent.trim());
+  const click = (b, i) => { b.click(); return [heads.map(h => h.getAttribute('aria-sort')), column(i)]; }, buttons = heads.flatMap(h => [...h.querySelectorAll('button')]);
+  return {heads: heads.length, rows: rows().length, buttons: buttons.length, clicks: buttons.map((b, i) => [column(i), click(b, i), click(b, i)])};
+})"""
+
+def in_order(values, up=True):
+    "Are cells sorted, as a reader would have it: numbers by value where all are numbers, empty ones last?"
+    empty = [v in ('', '-') for v in values]
+    full = [v for v, e in zip(values, empty) if not e]
+    ns = [re.match(r'[+-]?(?:[\d,]*\.\d+|\d[\d,]*)(?:e[+-]?\d+)?(?=x?$|x? |%|[,;)\]])', v) for v in full]
+    if not all(ns): return empty == sorted(empty)             # what text comes first is the browser's affair
+    ns = [float(m[0].replace(',', '')) for m in ns]
+    return empty == sorted(empty) and ns == sorted(ns, reverse=not up)
+
+def test_in_order():
+    assert in_order(['-0.2 [-1, 1]', '3%', '1,013', '']) and in_order(['1,013', '3%', '-']) is False and in_order(['1,013', '2.5', '-'], up=False)
+    assert not in_order(['2.5', '-', '3']) and not in_order(['10', '9'])
+
 def test_tables_sort(tab, url):
-    "By number, both ways, empty cells last; with the keyboard too"
-    tab.goto(url + 'reports/00_quickstart.html')
-    values = lambda: [float(v) for v in tab.evaluate("[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows].map(r => r.cells[1].dataset.v)")]
-    head = tab.locator('table.sortable th').nth(1)
-    head.click(); up = values(); head.click(); down = values(); head.press('Enter')
-    assert up == sorted(up) and down == up[::-1] and values() == up
+    "Every table of a report with a head and more than three rows, by every column, both ways"
+    found = 0
+    for f in sorted((root/'reports'/'results').glob('*/metrics.json')):
+        tab.goto(f'{url}reports/{f.parent.name}.html')
+        for k, t in enumerate(tab.evaluate(tables)):
+            assert t['buttons'] == (t['heads'] if t['rows'] > 3 else 0), (f.parent.name, k)
+            for i, (before, *after) in enumerate(t['clicks']):
+                for way, (marks, values) in zip(('ascending', 'descending'), after):
+                    assert [m for m in marks if m] == [marks[i]] == [way] and sorted(values) == sorted(before) and in_order(values, way == 'ascending'), (f.parent.name, k, i, values)
+            found += t['buttons'] > 0
+    assert found > 20
+
+columns = dict(interval=['10.0 [9, 11]', '-0.5 [-1, 0]', '-', '1.23 [1.1, 1.4]', '.5'], thousands=['1,013', '200', '2.5', '\u22127', '12,000.5'], percent=['5%', '100%', '-3%', '12% of all', '+7%'],
+               power=['5.4e-10', '1e3', '2x', '', '0.003 s'], date=['2026-11-22', '2025-12-01', '2026-02-03', '2026-11-03', '2024-01-01'], text=['run 10', 'run 9', 'x', '3 of 4', '-'])
+expected = dict(interval='14302', thousands='32104', percent='20431', power='04213', date='41230', text='31024')      # rows, from the least; what has no value is last
+
+@pytest.fixture
+def small(tab, tmp_path):
+    rows = ''.join(f'<tr>{"".join(f"<td>{v}</td>" for v in r)}</tr>' for r in zip(map(str, range(5)), *columns.values()))
+    table = f'<table><thead><tr>{"".join(f"<th>{k}</th>" for k in ("", *columns))}</tr></thead><tbody>{rows}</tbody></table>'
+    three = table.replace(rows, ''.join(rows.partition('</tr>')[:2])*3)
+    (tmp_path/'a.html').write_text(f'<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><main>{table}{three}<table><tr><td>no head</td></tr></table></main>' + (root/'nbs'/'site.html').read_text())
+    with Served(tmp_path) as url: tab.goto(url + 'a.html'); yield tab
+
+def order(tab): return ''.join(tab.evaluate("[...document.querySelector('table').tBodies[0].rows].map(r => r.cells[0].textContent)"))
+
+@pytest.mark.parametrize('column', columns)
+def test_every_kind_of_cell_sorts(column, small):
+    "Intervals, thousands, percents, signs, powers; a date is text; what has no value comes last both ways"
+    head = small.get_by_role('button', name=column)
+    head.click(); up = order(small)
+    assert up == expected[column]
+    full = up.rstrip(''.join(str(i) for i, v in enumerate(columns[column]) if v in ('', '-')))
+    head.click(); assert order(small) == full[::-1] + up[len(full):]
+
+def test_sorting_without_a_mouse(small):
+    "A head is a button in a column's head, with a name, reached by the keyboard; small tables and headless ones stay as they are"
+    assert small.locator('table button').count() == len(columns) + 1 and small.get_by_role('button', name='column 1').count() == 1
+    small.get_by_role('button', name='interval').focus()
+    for key, way in (('Enter', 'ascending'), ('Space', 'descending')):
+        small.keyboard.press(key)
+        assert small.get_by_role('columnheader', name='interval').first.get_attribute('aria-sort') == way
+    assert order(small) == '03412' and small.locator('[aria-sort]').count() == 1
 
 def test_gallery(tab, url):
     "A card with figure, verdict and date for each result, and it leads there"
