@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['si', 'Timing', 'seconds', 'interleave', 'Interval', 'bootstrap_rounds', 'ratio', 'peak_mem', 'Cell', 'fresh', 'keep',
-           'flops', 'matmul_peak', 'copy_peak', 'bound', 'match', 'loglog_slope', 'crossover']
+           'plot_times', 'flops', 'matmul_peak', 'copy_peak', 'bound', 'match', 'loglog_slope', 'crossover']
 
 # %% ../nbs/02_benchmarks.ipynb #c59ad16f
 import ctypes, gc, importlib, math, os, random, signal, subprocess, sys
@@ -60,20 +60,21 @@ def seconds(
 
 # %% ../nbs/02_benchmarks.ipynb #b6f205cb
 def _rounds(fs, reps, seed):
+    from spectral_diffusion.runs import progress
     rng, t = random.Random(seed), {name: [] for name in fs}
-    for _ in range(reps):
+    for _ in progress(range(reps), desc='rounds', after=1.):
         for name in rng.sample(list(fs), len(fs)): t[name].append(fs[name]())
     return {name: Timing(v) for name,v in t.items()}
 
 def _calls(f, warmup, min_time):
-    first = [seconds(f) for _ in range(warmup)]
+    first = [seconds(f) for _ in range(max(warmup, min_time > 0))]
     return max(1, math.ceil(min_time/first[-1])) if min_time else 1
 
 # %% ../nbs/02_benchmarks.ipynb #70ea0dc6
 def interleave(
     fs:dict[str,Callable], # name -> function without arguments
     reps:int=20, # rounds
-    warmup:int=2, # calls of each before the first round, at least 1
+    warmup:int=2, # calls of each before the first round; `min_time` needs one and takes it
     min_time:float=0., # seconds; shorter calls are repeated within a round until they fill it
     seed:int=0, # of the order within rounds
 )->dict[str,Timing]: # name -> times, paired by round
@@ -202,17 +203,18 @@ class Cell:
 def fresh(
     cells:dict[str,tuple], # name -> (cell, *args): importable function, 'module:function', or source text
     reps:int=10, # rounds
-    warmup:int=2, # calls before anything is measured, at least 1
+    warmup:int=2, # calls before anything is measured; `min_time` needs one and takes it
     min_time:float=0., # seconds; shorter calls are repeated within a round until they fill it
     threads:int|None=None, # for OpenMP and BLAS; None leaves the environment's
     timeout:float=600., # seconds for one answer
     seed:int=0, # of the order within rounds
 )->dict[str,Cell]:
     "Time each cell in its own process, in interleaved rounds; faults are results"
+    from spectral_diffusion.runs import progress
     msgs = {name: (_locate(cell), args, warmup, min_time) for name,(cell,*args) in cells.items()}
     workers = {}
     try:
-        mem = {name: (workers.setdefault(name, _Worker(threads))).ask(msg, timeout) for name,msg in msgs.items()}
+        mem = {name: (workers.setdefault(name, _Worker(threads))).ask(msg, timeout) for name,msg in progress(msgs.items(), desc='prepare', after=1.)}
         times = _rounds({name: lambda w=w: w.ask(True, timeout) for name,w in workers.items()}, reps, seed)
     finally:
         for w in workers.values(): w.close()
@@ -231,6 +233,22 @@ def keep(
         write_json(file, {k: vars(c) | dict(time=c.time and c.time.times) for k,c in cells.items()})
     return {k: Cell(c.status, c.time and Timing(c.time), c.mem, c.gpu) for k,c in read_json(file).items()}
 
+# %% ../nbs/02_benchmarks.ipynb #d2bfa590
+def plot_times(
+    times:dict, # name -> `Timing` or `Cell`
+):
+    "Median (dot) and quartiles (bar) over the rounds (grey), one row per name, logarithmic; faults by name; returns the figure"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, .3*len(times) + .8), layout='constrained')
+    for i,c in enumerate(times.values()):
+        t, says = getattr(c, 'time', c), dict(xycoords=('axes fraction', 'data'), va='center', fontsize=8)
+        if t is None: ax.annotate(c.status, (.01, i), **says); continue
+        ax.plot(t.times, [i]*t.n, '|', c='.6', ms=8); ax.plot([t.q25, t.q75], [i, i], c='C0', lw=4); ax.plot(t.median, i, 'o', c='k', ms=5)
+        ax.annotate(si(t.median, 's'), (1.01, i), **says)
+    ax.set(xscale='log', ylim=(len(times)-.5, -.5), yticks=range(len(times)), yticklabels=[*times], xlabel='time per call')
+    ax.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=9)); ax.xaxis.set_major_formatter(lambda x, _: si(x, 's')); ax.minorticks_off()
+    return fig
+
 # %% ../nbs/02_benchmarks.ipynb #57e87fbb
 def _fft_flops(full, dims, c):
     return int(c*math.prod(full)*math.log2(max(2, math.prod(full[d] for d in dims))))
@@ -240,12 +258,14 @@ def flops(
 )->int: # floating-point operations; a multiply-add counts two
     "Count the operations of matrix products, convolutions, attention and FFTs in `f()`, backward included if `f` runs it"
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     ops = torch.ops.aten
+    cpu = {ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
+           ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)}
     fft = {ops._fft_r2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 2.5),
            ops._fft_c2r: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(out_shape, dim, 2.5),
            ops._fft_c2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 5)}
-    with FlopCounterMode(display=False, custom_mapping=fft) as counter: f()
+    with FlopCounterMode(display=False, custom_mapping=fft|cpu) as counter: f()
     return counter.get_total_flops()
 
 # %% ../nbs/02_benchmarks.ipynb #812a4f7f

@@ -61,6 +61,7 @@ def retarget(text, # markdown
     "Links to notebooks, results and images as the site has them"
     text = re.sub(r'\]\((?:\.\./nbs/)?(\w+\.ipynb)', lambda m: f']({up}{page_name(m[1])}.ipynb', text)
     text = re.sub(r'\]\(\.\./reports/results/(\w+)/figures/', rf']({up}reports/\1/', text)
+    text = re.sub(r'\]\(\.\./reports/results/(\w+)/report\.ipynb', rf']({up}reports/\1.ipynb', text)
     return re.sub(r'\]\(\.\./(CONTRIBUTING|CHANGELOG|LICENSE)(\.md)?', lambda m: f']({up}{m[1].lower()}.md', text)
 
 # %% ../nbs/27_book.ipynb #4dfac49b
@@ -122,7 +123,7 @@ def claims_html(claims # of a metrics.json
         return (f'<tr><td>{html.escape(c.name)}</td>' + num(c.value, f'{fmt(c.value)}{iv} {html.escape(c.unit or "")}') + num(c.n, '-' if c.n is None else f'{c.n:,}')
                 + num(c.seed_value, fmt(c.seed_value)) + f'<td>{html.escape(c.goal or "-")}</td><td><span class="met {met[0]}">{met[1]}</span></td></tr>')
     names = ''.join(f'<th>{n}</th>' for n in ('claim', 'value', 'n', 'seed figure', 'goal', 'met'))
-    return f'<div class="table-scroll"><table class="table claims"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
+    return f'<div class="table-scroll tall"><table class="table claims"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
 
 # %% ../nbs/27_book.ipynb #77d8c43b
 def goals(claims # of a metrics.json
@@ -146,7 +147,7 @@ def verdict_of(m # a metrics.json
     return goals(m.claims) if own in (None, '', 'measured') else own
 
 # %% ../nbs/27_book.ipynb #07889c6b
-key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'samples', '02_spectral_mixing': 'speed', '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
+key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'kl', '02_spectral_mixing': 'speed', '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
                '06_volumes_latent': 'reconstructions', '07_volumes_wavelet': 'collapse', '08_samplers': 'oracle', '09_reliability': 'rescue', '10_peers': 'minutes', '11_schedules': 'finalists'}
 
 def saved(nb # a report
@@ -183,8 +184,11 @@ def card(f # from `facts`
 def gallery(all_facts # list from `facts`
            ) -> str: # a page, markdown
     "The index of the reports"
-    rows = ''.join(f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(f["verdict"])}</td><td>{goals(f["claims"])}</td><td>{f["date"]}</td></tr>' for f in all_facts)
-    names = ''.join(f'<th>{n}</th>' for n in ('report', 'verdict', 'goals', 'date'))
+    def row(f):
+        met = [c.met for c in f['claims'] if c.met is not None]
+        own = f['verdict'] if f['verdict'] != goals(f['claims']) else '-'
+        return f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(own)}</td><td data-v="{sum(met)/len(met) if met else ""}">{goals(f["claims"])}</td><td>{f["date"]}</td></tr>'
+    rows, names = ''.join(map(row, all_facts)), ''.join(f'<th>{n}</th>' for n in ('report', 'own verdict', 'goals', 'date'))
     return ('---\ntitle: Reports\nsubtitle: Executed notebooks with every number measured by the run that shows it.\ntoc: false\n---\n\n'
             f'<div class="gallery">{"".join(map(card, all_facts))}</div>\n\n'
             f'<div class="table-scroll"><table class="table"><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>\n')
@@ -333,7 +337,7 @@ def problems(tab, # of Playwright
     size(widths[0]); tab.goto(url, wait_until='load')
     for w in widths:
         size(w); seen += [f'{p} ({w} pixels)' for p in tab.evaluate(_ask)]
-        if shots: tab.screenshot(path=f'{shots}-{w}.png', full_page=True)
+        if shots: tab.screenshot(path=f'{shots}-{w}.png', full_page=True, timeout=300_000)      # a chapter can be 40,000 pixels tall
     for k, f in handlers.items(): tab.remove_listener(k, f)
     return seen
 

@@ -212,21 +212,25 @@ def field_error(latent, # a `Latent`
 
 # %% ../nbs/18_codecs.ipynb #b6c7816e
 class PerBand(nn.Module):
-    "A network for `Denoiser(..., target='x0', sd)` that is told each channel's standard deviation"
+    "A network for `Denoiser(..., target, sd)` that is told each channel's standard deviation"
     def __init__(self,
         net:nn.Module, # (scaled latent, log-SNR, cond) -> answer
         stds, # of each channel of the latents, (C,)
         sd:float, # what the denoiser counts on
-        axes:Tensor=None # (C, C), orthonormal rows along which the channels have these deviations; None: the channels themselves
+        axes:Tensor=None, # (C, C), orthonormal rows along which the channels have these deviations; None: the channels themselves
+        target:str='x0' # of the denoiser: 'x0', where the best linear answer is added, or 'v', where nothing is
     ):
         super().__init__()
-        self.net,self.sd = net,sd; self.register_buffer('stds', torch.as_tensor(stds).float().flatten())
+        if target not in ('x0', 'v'): raise ValueError(f"target '{target}' has no scale per band: use x0 or v")
+        self.net,self.sd,self.target = net,sd,target; self.register_buffer('stds', torch.as_tensor(stds).float().flatten())
         self.register_buffer('axes', torch.eye(len(self.stds)) if axes is None else axes)
     def forward(self, x, logsnr, cond=None):
         wide = (-1, *[1]*(x.ndim-2)); s2, r = self.stds.square().view(wide), (-logsnr).exp().view(-1, *wide[1:], 1)
         turn = lambda M, v: torch.einsum('ij,bj...->bi...', M, v)
         z = turn(self.axes, x)*(self.sd**2 + r).sqrt()
-        return turn(self.axes.T, s2/(s2 + r)*z + (s2*r/(s2 + r)).sqrt()*self.net(z/(s2 + r).sqrt(), logsnr, cond))
+        answer = self.net(z/(s2 + r).sqrt(), logsnr, cond)
+        if self.target == 'v': return turn(self.axes.T, ((1 + s2*r)/(1 + r)).sqrt()*answer)
+        return turn(self.axes.T, s2/(s2 + r)*z + (s2*r/(s2 + r)).sqrt()*answer)
 
 # %% ../nbs/18_codecs.ipynb #8b997fe1
 @torch.no_grad()
@@ -238,7 +242,7 @@ def principal(z:Tensor # latents, (N, C, *S)
 
 # %% ../nbs/18_codecs.ipynb #9cdf9d6b
 class Encoded:
-    "Batches of latents from batches of fields, or of pairs (field, mask)"
+    "Batches of latents from batches of fields, of pairs (field, mask), or of pairs (field, `Parts`) whose maps are masks"
     def __init__(self,
         batches, # endless, with a state_dict
         codec:Codec, # with statistics for 'image', and for 'mask' where there are masks
@@ -247,7 +251,10 @@ class Encoded:
     @torch.no_grad()
     def __next__(self):
         b = next(self.batches)
-        return tuple(self.codec.encode(v, of) for v, of in zip(b, ('image', 'mask'))) if isinstance(b, tuple) else self.codec.encode(b)
+        if not isinstance(b, tuple): return self.codec.encode(b)
+        x, c = b; mask = lambda m: self.codec.encode(m, 'mask')
+        told = mask(c) if torch.is_tensor(c) else type(c)({k: mask(v) if k == 'maps' else v for k, v in c.items()})
+        return self.codec.encode(x), told
     def state_dict(self): return self.batches.state_dict()
     def load_state_dict(self, s): self.batches.load_state_dict(s)
 

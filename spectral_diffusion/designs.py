@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['arrays', 'Alias', 'Source', 'Effect', 'Prediction', 'Confirmation', 'linear_array', 'paley_array', 'l18_array',
            'check_orthogonal', 'contrasts', 'mimicry', 'confounding', 'clearest', 'Design', 'Table', 'check_factors',
-           'fill', 'design', 'aliases', 'measure', 'snr', 'as_response', 'sums', 'analyse', 'f_test', 'anova',
-           'differences', 'seen', 'effects', 'plot_effects', 'predict', 'best', 'confirm']
+           'fill', 'design', 'plot_design', 'aliases', 'measure', 'snr', 'as_response', 'sums', 'analyse', 'f_test',
+           'anova', 'differences', 'seen', 'effects', 'plot_effects', 'predict', 'best', 'confirm']
 
 # %% ../nbs/28_designs.ipynb #614d8e86
 import inspect, itertools, math
@@ -15,6 +15,7 @@ from collections import Counter, namedtuple
 from functools import cache
 from fastcore.all import AttrDict
 from scipy import stats
+from .runs import progress
 
 # %% ../nbs/28_designs.ipynb #19886097
 def linear_array(p:int, # a prime: the number of levels
@@ -149,6 +150,19 @@ def design(factors, # name -> two or three choices, as dict or pairs; the first 
     if not xs: raise ValueError(f'{lv.count(2)} factors of two and {lv.count(3)} of three levels do not fit {array or "any array"} without running a combination twice: drop factors, drop third choices, or split the study')
     return Design(a := min(xs, key=lambda a: len(xs[a])), factors, xs[a])
 
+# %% ../nbs/28_designs.ipynb #37ea368c
+def plot_design(d:Design # from `design`
+               ):
+    "The matrix of levels with the choices in its cells; returns the figure"
+    n, k = d.x.shape
+    fig, ax = plt.subplots(figsize=(max(3.5, 1.1*k), .24*n + .9), layout='constrained')
+    ax.imshow(d.x, cmap='cividis', vmin=0, vmax=2, aspect='auto')
+    for i, run in enumerate(d):
+        for j, v in enumerate(run.values()): ax.text(j, i, v, ha='center', va='center', fontsize=8, color='w' if d.x[i,j] == 0 else 'k')
+    ax.set(xticks=range(k), xticklabels=[*d.factors], yticks=range(n), ylabel='run', title=f'{d.array}: {n} of {math.prod(map(len, d.factors.values()))} combinations')
+    ax.set_yticks(np.arange(n-1) + .5, minor=True); ax.set_xticks(np.arange(k-1) + .5, minor=True); ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='both', length=0)
+    return fig
+
 # %% ../nbs/28_designs.ipynb #c961e16f
 Alias = namedtuple('Alias', 'interaction looks_like share')
 def aliases(d:Design) -> Table: # falling share; empty if all main effects are clear
@@ -167,8 +181,8 @@ def measure(d:Design, # the runs
     p, y = inspect.signature(f).parameters, np.full((len(d), len(seeds)), np.nan)
     for k in [*d.factors, 'seed']:
         if k not in p or p[k].kind == p[k].VAR_KEYWORD: raise TypeError(f'{getattr(f, "__name__", f)} has no argument {k!r}: the factor would change nothing')
-    for r, s in enumerate(seeds):
-        for i in np.random.default_rng(s).permutation(len(d)): y[i,r] = f(**d[i], seed=s)
+    order = [(i, r, s) for r, s in enumerate(seeds) for i in np.random.default_rng(s).permutation(len(d))]
+    for i, r, s in progress(order, desc='measure', after=1.): y[i,r] = f(**d[i], seed=s)
     return y
 
 # %% ../nbs/28_designs.ipynb #ceb0e379

@@ -7,10 +7,12 @@ __all__ = ['Check', 'Triage', 'local_grid', 'error_map', 'plot_error', 'Known', 
            'answers', 'check_time', 'check_weights', 'check_one_image', 'learning', 'check_learning', 'triage']
 
 # %% ../nbs/20_diagnostics.ipynb #f1a809eb
-import torch, matplotlib.pyplot as plt
+import textwrap, torch, matplotlib.pyplot as plt
 from collections import namedtuple
 from copy import deepcopy
 from torch import Tensor
+from fastcore.basics import patch
+from .runs import progress
 from .fourier import band_mean, bands, hartley, noise_like
 from .denoisers import Gaussian, Linear
 from .samplers import sample_ddim
@@ -51,6 +53,15 @@ def error_map(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         out.append(band_mean(hartley(denoiser(xt, t).float() - x0).square().mean((0,1)), idx))
     return torch.stack(out).cpu()
 
+# %% ../nbs/20_diagnostics.ipynb #a2414d4d
+def _picture(ax, ratio, logsnrs, size):
+    "Error ratio (L, n_bands) as log2: blue is better than the best linear denoiser, red is worse"
+    l, top = [float(v) for v in logsnrs], .5*len(size)**.5
+    half = (l[-1]-l[0])/max(len(l)-1, 1)/2 or .5          # each level in the middle of its column
+    im = ax.imshow(ratio.log2().clamp(-3, 3).T, origin='lower', aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3, extent=[l[0]-half, l[-1]+half, 0, top])
+    ax.set(xlabel='log-SNR', ylabel='frequency (cycles/pixel)', title='error / best linear denoiser')
+    plt.colorbar(im, ax=ax, label='log2 ratio (blue: better)')
+
 # %% ../nbs/20_diagnostics.ipynb #837b5fe8
 def plot_error(err:Tensor, # (L, n_bands), from `error_map`
                floor:Tensor, # (L, n_bands), of the `Linear` denoiser
@@ -59,12 +70,10 @@ def plot_error(err:Tensor, # (L, n_bands), from `error_map`
               ):
     "Error against the best linear denoiser, as a picture (log2 of the ratio: blue is better) and as curves"
     fig, (a, b) = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
-    im = a.imshow((err/floor).log2().T, origin='lower', aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3,
-                  extent=[float(logsnrs[0]), float(logsnrs[-1]), 0, .5*len(size)**.5])
-    a.set(xlabel='log-SNR', ylabel='frequency (cycles/pixel)', title='error / best linear denoiser'); plt.colorbar(im, ax=a, label='log2 ratio')
+    _picture(a, err/floor, logsnrs, size)
     for k in range(err.shape[1]):
-        c = plt.cm.viridis(k/err.shape[1]); b.semilogy(logsnrs, err[:,k], c=c, label=f'ring {k}'); b.semilogy(logsnrs, floor[:,k], ':', c=c)
-    b.set(xlabel='log-SNR', ylabel='squared error', title='dotted: best linear denoiser'); b.legend(fontsize=6)
+        c = plt.cm.viridis(k/err.shape[1]); b.semilogy(logsnrs, err[:,k], 'osD^vX'[k % 6] + '-', ms=3, c=c, label=f'ring {k}'); b.semilogy(logsnrs, floor[:,k], ':', c=c)
+    b.set(xlabel='log-SNR', ylabel='squared error', title='dotted: best linear denoiser'); b.legend(fontsize=7)
     return fig
 
 # %% ../nbs/20_diagnostics.ipynb #37b4126b
@@ -178,18 +187,27 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
     return Check('one image, learned and sampled', miss < .5, f'samples miss the image by {miss:.0%} of its std')
 
 # %% ../nbs/20_diagnostics.ipynb #c317e6ee
+_levels = (-2., 0., 2., 4.)                              # the log-SNRs that form pictures
+
+def _log_ratios(denoiser, x0, train, seed):
+    "Log of the held-out error over the best linear denoiser's, in 8 groups of fields: (8, levels, rings)"
+    if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
+    lin = Linear(denoiser.schedule, train)
+    def one(D, c, i): return error_map(D, c, _levels, 4, torch.Generator().manual_seed(seed+i)).log()
+    return torch.stack([one(denoiser, c, i) - one(lin, c, i) for i, c in enumerate(x0.chunk(8))])
+
+def _score(r, n):
+    r = r.mean((1,2)); m, h = r.mean(), 2.365*r.std()/len(r)**.5
+    return Score(*(v.exp().item() for v in (m, m-h, m+h)), n, 'error / linear')
+
+# %% ../nbs/20_diagnostics.ipynb #8a0e2cfd
 def learning(denoiser, # the model that is evaluated
              x0:Tensor, # held-out fields, (N, C, *S), at least 32
              train:Tensor, # training fields, for the linear denoiser
              seed:int=0 # of the noise
             ) -> Score:
     "Held-out error as a multiple of the best linear denoiser's: geometric mean over 4 rings and log-SNR -2 to 4"
-    if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
-    lin, lams = Linear(denoiser.schedule, train), (-2., 0., 2., 4.)
-    def one(D, c, i): return error_map(D, c, lams, 4, torch.Generator().manual_seed(seed+i)).log().mean()
-    r = torch.stack([one(denoiser, c, i) - one(lin, c, i) for i, c in enumerate(x0.chunk(8))])
-    m, h = r.mean(), 2.365*r.std()/len(r)**.5
-    return Score(*(v.exp().item() for v in (m, m-h, m+h)), len(x0), 'error / linear')
+    return _score(_log_ratios(denoiser, x0, train, seed), len(x0))
 
 # %% ../nbs/20_diagnostics.ipynb #11fbccc1
 def check_learning(s:Score # from `learning`
@@ -199,11 +217,13 @@ def check_learning(s:Score # from `learning`
                  f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}] of the best linear denoiser's error (log-SNR -2 to 4)")
 
 # %% ../nbs/20_diagnostics.ipynb #1ba5b7ab
-Triage = namedtuple('Triage', 'verdict checks power')
+Triage = namedtuple('Triage', 'verdict checks power errors', defaults=[None])
+Triage.__doc__ = 'The `verdict`, its `checks`, `power` (a `Score`), and `errors`: arguments of a picture of the held-out error over the best linear one'
 def _table(self):
     rows = ['| check | | evidence |', '|---|---|---|'] + [f"| {c.name} | {'ok' if c.ok else '**fails**'} | {c.evidence} |" for c in self.checks]
     return '\n'.join([f'Verdict: **{self.verdict}**', '', *rows])
-Triage._repr_markdown_ = Triage.table = _table
+def _lines(self): return '\n'.join([f'verdict: {self.verdict}', *(f"{'ok   ' if c.ok else 'FAILS'} {c.name}: {c.evidence}" for c in self.checks)])
+Triage._repr_markdown_ = Triage.table = _table; Triage.__repr__ = _lines
 
 # %% ../nbs/20_diagnostics.ipynb #29b42f83
 def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
@@ -219,10 +239,25 @@ def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
           ) -> Triage:
     "Broken, underpowered or healthy, with the evidence"
     g, sch = torch.Generator().manual_seed(seed), denoiser.schedule
-    parts = [check_steps(sampler, sch, grid, x0[:64], g), check_gaussian(sampler, sch, grid, x0, g), check_range(batch, x0),
-             check_time(denoiser, x0, g), check_weights(denoiser, online or denoiser, x0, seed),
-             check_one_image(online or denoiser, sampler, grid, x0[:1], loss, steps, seed=seed)]
-    power = learning(denoiser, x0, batch if train is None else train, seed)
-    last = check_learning(power)
+    rungs = [lambda: check_steps(sampler, sch, grid, x0[:64], g), lambda: check_gaussian(sampler, sch, grid, x0, g), lambda: check_range(batch, x0),
+             lambda: check_time(denoiser, x0, g), lambda: check_weights(denoiser, online or denoiser, x0, seed),
+             lambda: check_one_image(online or denoiser, sampler, grid, x0[:1], loss, steps, seed=seed),
+             lambda: _log_ratios(denoiser, x0, batch if train is None else train, seed)]
+    *parts, r = [rung() for rung in progress(rungs, desc='triage')]
+    last = check_learning(power := _score(r, len(x0)))
     verdict = 'healthy' if last.ok else 'underpowered'
-    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, last], power)
+    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, last], power, dict(ratio=r.mean(0).exp(), logsnrs=_levels, size=x0.shape[2:]))
+
+# %% ../nbs/20_diagnostics.ipynb #a7037c6e
+@patch
+def plot(self:Triage):
+    "Checks with verdict and evidence (circle: ok, cross: fails), and the map of held-out errors; returns the figure"
+    n, maps = len(self.checks), self.errors is not None
+    fig, axs = plt.subplots(1, 1 + maps, figsize=(7 + 4*maps, .5*n + .6), width_ratios=[7] + [4]*maps, layout='constrained', squeeze=False)
+    ax = axs[0,0]; ax.axis('off'); ax.set(xlim=(-.3, 10), ylim=(n-.4, -.7), title=f'verdict: {self.verdict}')
+    for i, c in enumerate(self.checks):
+        ax.plot(0, i-.15, 'o' if c.ok else 'X', c='#0072B2' if c.ok else '#D55E00', ms=10)
+        ax.text(.4, i-.3, c.name + ('' if c.ok else ': fails'), fontsize=9, va='center', weight='normal' if c.ok else 'bold')
+        ax.text(.4, i+.02, textwrap.fill(c.evidence, 88), fontsize=7.5, va='top', color='.3', linespacing=1.1)
+    if maps: _picture(axs[0,1], **self.errors)
+    return fig

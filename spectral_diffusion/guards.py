@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r_squared', 'CollapseGuard', 'guards', 'Faulty',
-           'Trace', 'trial', 'study', 'saved_bytes', 'budget', 'host_free', 'resident', 'MemoryGuard']
+           'Trace', 'trial', 'plot_trial', 'study', 'saved_bytes', 'budget', 'host_free', 'resident', 'MemoryGuard']
 
 # %% ../nbs/16_guards.ipynb #d7922aea
 import copy, math, os, torch, warnings
@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from torch import Tensor
 from fastcore.basics import patch
 from torch.autograd.graph import saved_tensors_hooks
+from .runs import progress
 from .benchmarks import si
 from .schedules import cosine, to_target
 from .denoisers import Denoiser
@@ -246,6 +247,24 @@ def trial(fault:str, # a key of `faults`
     with torch.no_grad(): held = denoising_loss(D, x0, (torch.arange(256)+.5)/256, torch.randn(x0.shape, generator=gen(0))).mean().item()
     return SimpleNamespace(held=held, skips=trace.skips, trace=trace, why=why, events=trace.s.events, scale=trace.s.scale)
 
+# %% ../nbs/16_guards.ipynb #323438fa
+def plot_trial(runs:dict # name -> what `trial` returned
+              ):
+    "Loss, gradient norm with the guards' deeds, and R2 (cut at -.5), batch by batch, a row for each run; returns the figure"
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(len(runs), 3, figsize=(10, 2.1*len(runs) + .5), layout='constrained', sharex=True, sharey='col', squeeze=False)
+    for (name, r), (a, b, c) in zip(runs.items(), axs):
+        a.semilogy([30*v for v in r.trace.loss], lw=.8, c='C0'); a.set_ylabel(name); b.semilogy(r.trace.norm, lw=.8, c='C0'); b.axhline(1, c='.5', ls=':', lw=1)
+        for what, mark, y in (('skipped', 'x', .94), ('rolled back', '^', .84), ('healed', 'o', .74)):
+            if at := [n-1 for n, w in r.trace.marks if w == what]: b.plot(at, [y]*len(at), mark, c='k', ms=5, transform=b.get_xaxis_transform(), label=what)
+        for k, q in enumerate(torch.stack(r.trace.r2 or [torch.zeros(0)]).T):
+            c.plot(range(9, 10*len(q), 10), q.clamp(min=-.5), c=plt.cm.cividis(k/4), ls=('-', '--', '-.', ':')[k], label=f't = {k/4:.2f} to {(k+1)/4:.2f}')
+        c.axhline(.05, c='.5', ls=':', lw=1); c.set(ylim=(-.55, 1))
+        for ax in (b, c): ax.legend(fontsize=7, loc='center left') if ax.get_legend_handles_labels()[0] else None
+    for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: collapsed)')): ax.set_title(title)
+    for ax in axs[-1]: ax.set_xlabel('batches seen')
+    return fig
+
 # %% ../nbs/16_guards.ipynb #0c149cbc
 def study(arms, # name -> function without arguments that makes the callbacks, or 'guards'
           faults=tuple(faults), # keys of `faults`
@@ -255,12 +274,11 @@ def study(arms, # name -> function without arguments that makes the callbacks, o
          ) -> dict: # (fault, arm, seed) -> (held-out loss, skips, returns, why it ended early)
     "Every fault under every guard"
     done = {} if done is None else done
-    for key in [(f, a, i) for i in seeds for f in faults for a in arms]:
-        if key in done: continue
-        f, a, i = key
+    keys = [(f, a, i) for i in seeds for f in faults for a in arms]; todo = [k for k in keys if k not in done]
+    for f, a, i in progress(todo, len(keys), 'study', initial=len(keys)-len(todo)):
         r = trial(f, arms[a] if isinstance(arms[a], str) else arms[a](), i, **kw)
         whats = [e['what'] for e in r.events]
-        done[key] = r.held, r.skips, whats.count('rolled back'), r.why
+        done[f, a, i] = r.held, r.skips, whats.count('rolled back'), r.why
     return done
 
 # %% ../nbs/16_guards.ipynb #22fd3be5

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Score', 'bootstrap', 'drop', 'jackknife', 'Extractor', 'load_checked', 'fold_bn', 'lite0_net', 'efflite0',
            'inception', 'features', 'FrechetStats', 'save_stats', 'load_stats', 'enough', 'frechet', 'stats_of',
-           'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'kid', 'covered', 'precision_recall',
-           'rapsd_distance', 'nearest', 'copy_rate', 'kth_distance', 'kl_knn', 'sliced_wasserstein', 'two_sample_p',
-           'psnr', 'ssim_parts', 'ssim', 'ms_ssim', 'dice', 'overlap', 'Row', 'metric_name', 'scorecard', 'score_table']
+           'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'rbf_kernel', 'rbf_mmd', 'kid', 'covered',
+           'precision_recall', 'rapsd_distance', 'nearest', 'copy_rate', 'kth_distance', 'kl_knn', 'sliced_wasserstein',
+           'two_sample_p', 'psnr', 'ssim_parts', 'ssim', 'ms_ssim', 'dice', 'overlap', 'Row', 'metric_name',
+           'scorecard', 'score_table']
 
 # %% ../nbs/07_metrics.ipynb #8e273446
 import hashlib, io, math, operator, torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 from safetensors import safe_open
@@ -305,10 +306,12 @@ def poly_kernel(
 def mmd2(
     x:Tensor, # features, (N, d)
     y:Tensor, # features, (M, d)
+    kernel=None, # (N, d), (M, d) -> (N, M); None: `poly_kernel`
 )->Tensor: # 0-d, float64
-    "Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3) with `poly_kernel`"
-    within = lambda z: (k:=poly_kernel(z, z)).sum().sub(k.trace())/(len(z)*(len(z)-1))
-    return within(x) + within(y) - 2*poly_kernel(x, y).mean()
+    "Unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3)"
+    kernel = kernel or poly_kernel
+    within = lambda z: (k:=kernel(z, z)).sum().sub(k.trace())/(len(z)*(len(z)-1))
+    return within(x) + within(y) - 2*kernel(x, y).mean()
 
 # %% ../nbs/07_metrics.ipynb #bc0f5dbe
 def _row_sums(x, y): return torch.cat([poly_kernel(c, y).sum(1) for c in x.split(1024)])
@@ -339,6 +342,24 @@ def kid_subsets(
     within = lambda K,W: ((W@K)*W).sum(1)/(size*(size-1))
     own = lambda f: poly_kernel(f, f).fill_diagonal_(0)
     return within(own(fa), A) + within(own(fb), B) - 2*((A@poly_kernel(fa, fb))*B).sum(1)/size**2
+
+# %% ../nbs/07_metrics.ipynb #84f2c60b
+def rbf_kernel(
+    a:Tensor, # (N, d)
+    b:Tensor, # (M, d)
+    sigma:float=10., # width
+)->Tensor: # (N, M), float64
+    "exp(-|a - b|^2/(2 sigma^2))"
+    return (-torch.cdist(a.double(), b.double()).square()/(2*sigma**2)).exp()
+
+def rbf_mmd(
+    x:Tensor, # features, (N, d)
+    y:Tensor, # features, (M, d)
+    sigma:float=10., # width of the kernel, fixed so that scores can be compared
+)->Tensor: # 0-d, float64
+    "1000 times the squared discrepancy of features of unit length under a Gaussian kernel"
+    x, y = (f.double()/f.double().norm(dim=1, keepdim=True) for f in (x, y))
+    return 1000*mmd2(x, y, partial(rbf_kernel, sigma=sigma))
 
 # %% ../nbs/07_metrics.ipynb #3c5d424e
 def kid(
@@ -555,11 +576,12 @@ class Row(NamedTuple):
 
 # %% ../nbs/07_metrics.ipynb #707847f8
 def metric_name(
-    kind:str, # 'FD' or 'KID'
+    kind:str, # 'FD', 'KID' or 'MMD-rbf'
     extractor, # an `Extractor`
 )->str:
     "'FID' and 'KID' are reserved for Inception; other extractors are named"
-    return dict(FD='FID', KID='KID')[kind] if extractor.name=='inception' else f'{kind}-{extractor.name}'
+    reserved = dict(FD='FID', KID='KID') if extractor.name=='inception' else {}
+    return reserved.get(kind, f'{kind}-{extractor.name}')
 
 # %% ../nbs/07_metrics.ipynb #3b1a8ef6
 def scorecard(

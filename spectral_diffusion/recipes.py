@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'e1', 'small', 'default', 'volume_recipes', 'Recipe', 'add', 'cosine_matched', 'adam', 'recipe', 'denoiser',
-           'effort', 'train', 'draw', 'flow_density', 'VolumeRecipe', 'add_volume']
+           'effort', 'train', 'draw', 'flow_density', 'resolution_shift', 'VolumeRecipe', 'add_volume', 'train_volumes']
 
 # %% ../nbs/21_recipes.ipynb #3b3664ac
 import math, torch
@@ -18,11 +18,13 @@ from .schedules import Schedule, cosine, ddpm_cosine, ddpm_linear, edm, flow, gr
 from .denoisers import Denoiser
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
+from .volumes import CaseBatches, Cases
 from .embeddings import StepEmbedding
 from .unets import UNet, UNetCifar32, VolumeUNet, n_params
 from .transformers import dit
 from .training import EMA, Checkpoints, Log, adamw, denoising_loss, fit
-from .conditioning import SDA, ScoreAug, SizeWeighted, modes, network
+from .codecs import Codec, Encoded, latent_shape
+from .conditioning import SDA, Conditioned, Parts, ScoreAug, SizeWeighted, modes, network
 
 # %% ../nbs/21_recipes.ipynb #4dbb0292
 @dataclass(frozen=True)
@@ -173,6 +175,13 @@ def flow_density(shift:float=1., # r: how many times stronger the noise, (numel 
         return -2*(torch.where(u < mix, a.logit(), torch.special.ndtri(b)) + math.log(shift))
     return f
 
+# %% ../nbs/21_recipes.ipynb #29f6b4d1
+def resolution_shift(shape:tuple, # of the field that the network sees, (C, *S)
+                     base:tuple=(1,128,128,160) # of the field whose clock is kept
+                    ) -> float: # r of `flow_density`
+    "How many times stronger noise has to be for as many values: (numel/base numel)^(1/d)"
+    return (math.prod(shape)/math.prod(base))**(1/(len(shape) - 1))
+
 # %% ../nbs/21_recipes.ipynb #05ff8257
 @dataclass(frozen=True)
 class VolumeRecipe:
@@ -233,7 +242,7 @@ _x0 = dict(schedule=ddpm_linear, target='x0', density=None)
 def _bands(name, c=8, **kw):
     "A recipe whose mask, too, lies in subbands"
     return replace(_same(name, **kw), beside=c, net=_beside(kw['make'], c, c))
-def _beside(make, c, beside): return partial(make, channels=c + beside, out=c)
+def _beside(make, c, beside): return lambda: Conditioned(make(channels=c + beside, out=c), beside)
 
 add_volume(*[_bands(n, codec=k, field=(8,64*w,64*w,80), best=b, fate='collapsed to the mean', **_deep) for n, k, w, b in (('exp11','S2D',1,.905), ('exp11_1','S2D',2,.644), ('exp12','Haar',1,.905), ('exp12_1','Haar',2,.186))],
     _bands('exp12_2', **_wdm, **_x0), _bands('exp12_3', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}), _bands('exp12_4', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}, **_x0))
@@ -247,3 +256,22 @@ add_volume(_latent('exp9', **_four, make=partial(_wide, widths=(256,512,1024,204
     _latent('exp9_1', **_four, make=partial(_wide, widths=(128,256,512,1024), attn=(2,3)), params=666.2, warmup=10, clip=.5, best=.0764, fate='out of time in epoch 354, still improving'),
     *[_latent(n, c, (s,s,160), f'DC-AE {s}x{s}x{c}', _sit, p, digits=.6, positions=160*s*s*768, best=b, fate=f) for n, c, s, p, b, f in (('exp10_1',32,8,137,3.146,'poor: latents of the wrong scale'), ('exp10_2',128,4,132,None,'crashed at once'), ('exp10_3',512,2,131,None,'crashed at once'))],
     _latent('exp13', **_four, make=partial(dit, 'S', dim=3, patch=2), params=40.4, positions=20480*384, fate='not run'))
+
+# %% ../nbs/21_recipes.ipynb #0d6a83e2
+def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a smaller network
+                  cases:Cases, # training volumes, of any size
+                  codec:Codec=None, # with statistics of 'image' and 'mask', where the recipe names one
+                  steps:int=0, # optimiser steps; 0: as many as its epochs are
+                  seed:int=0, # of everything random
+                  callbacks=() # more of them
+                 ) -> SimpleNamespace: # model (the average, if there is one), online, log, state
+    "Train a recipe of volumes, at whatever size the cases have"
+    if (codec is None) != (r.codec == 'pixels'): raise ValueError(f"recipe '{r.name}' works in {r.codec}: pass {'no codec' if codec else 'a fitted codec'}")
+    shape = (1, *cases.image.shape[2:])
+    if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]: raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
+    torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
+    D, log, ema = Denoiser(r.net(), r.schedule(), r.target), Log(), [EMA(r.ema)] if r.ema else []
+    batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
+    epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
+    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip, loss=r.loss, generator=gen(2), callbacks=[*ema, log, *callbacks])
+    return SimpleNamespace(model=ema[0].model if ema else D, online=D, log=log, state=state)

@@ -11,6 +11,8 @@ import math, torch, torch.nn.functional as F
 from collections import namedtuple
 from copy import deepcopy
 from torch import nn, Tensor
+from fastcore.basics import patch
+from .runs import progress
 from .schedules import draw_t
 from .denoisers import bottleneck
 from .samplers import Sample
@@ -69,8 +71,8 @@ def judge(denoiser, # D(x_t, t) -> x0_hat
     return x0, log_ratio.on_features(h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).clamp(-20, 20).to(h).expand(len(x)))
 
 # %% ../nbs/19_rejection.ipynb #eabb7f9a
-Limits = namedtuple('Limits', 'level step nfe')
-Limits.__doc__ = 'Log thresholds per time of a grid: `level` of the ratio, `step` of its increment; `nfe` questions were spent'
+Limits = namedtuple('Limits', 'level step nfe logsnr', defaults=[None])
+Limits.__doc__ = 'Log thresholds per time of a grid: `level` of the ratio, `step` of its increment; `nfe` questions were spent; `logsnr` of the times'
 
 @torch.no_grad()
 def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
@@ -83,17 +85,37 @@ def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
               ) -> Limits:
     "Quantiles of the log ratio and of its increments along plain trajectories"
     x, logs = x_T, []
-    for i, t in enumerate(grid):
+    for i, t in enumerate(progress(grid, desc='thresholds', after=1.)):
         if i: x = down(denoiser.schedule, x, x0, grid[i-1], t, eta, generator)
         x0, l = judge(denoiser, log_ratio, x, t); logs.append(l.double())
     level, step = (torch.stack(logs).diff(dim=0, n=n).quantile(q, dim=1) for n in (0,1))
-    return Limits(level, torch.cat([level[:1], step]), len(grid))
+    return Limits(level, torch.cat([level[:1], step]), len(grid), denoiser.schedule.logsnr(torch.as_tensor(grid).double().cpu()))
+
+# %% ../nbs/19_rejection.ipynb #b65b5f60
+def _axes(ax, xlabel):
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(6,2.5), layout='constrained')[1]; ax.set_xlabel(xlabel)
+    return ax
+
+@patch
+def plot(self:Limits,
+         ax=None # matplotlib axes; None: new ones
+        ): # the axes
+    "Both thresholds along the way down"
+    ax, at = (_axes(ax, 'log-SNR'), self.logsnr) if self.logsnr is not None else (_axes(ax, 'time of the grid'), range(len(self.level)))
+    ax.plot(at, self.level.cpu(), 'o', ms=3, label='level'); ax.plot(at[1:], self.step[1:].cpu(), 's', ms=3, label='step')
+    ax.set_ylabel('log threshold'); ax.legend(fontsize=8)
+    return ax
 
 # %% ../nbs/19_rejection.ipynb #ccdcfc5f
 class Judged(Sample):
-    "A `Sample` (nfe: mean per field, rejections included) that also knows `tried` and `accepted` proposals per time of the grid"
+    "A `Sample` (nfe: mean per field, rejections included) that also knows `tried` and `accepted` proposals per time of the grid, and their `logsnr`"
     @property
     def acceptance(self): return self.accepted/self.tried
+    def plot(self, ax=None, **kw):
+        "Share of accepted proposals along the way down; kw to matplotlib's `plot`; returns the axes"
+        ax = _axes(ax, 'log-SNR'); ax.plot(self.logsnr, self.acceptance.cpu(), **kw); ax.set(ylabel='accepted', ylim=(0,1.02))
+        return ax
 
 # %% ../nbs/19_rejection.ipynb #abfdb27f
 def _next(mode, schedule, grid, x, x0, y, j, ok, eta, generator):
@@ -132,7 +154,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     x, x0, y, l = x_T.clone(), x_T.clone(), x_T.clone(), level.new_zeros(B)
     j, fresh, todo = torch.zeros(B, dtype=torch.long, device=dev), torch.ones(B, dtype=torch.bool, device=dev), torch.arange(B, device=dev)
     tried, accepted = torch.zeros(2, N, device=dev)
-    while len(todo):
+    for _ in progress(iter(lambda: len(todo) > 0, False), N*B, 'sample', after=1., count=lambda: N*(B-len(todo)) + int(j[todo].sum())):
         if asked > most*N*B: raise RuntimeError(f'{len(todo)} of {B} items are rejected again and again near log-SNR {denoiser.schedule.logsnr(grid[j[todo]]).median():.1f}: lower q, or distrust the ratio')
         i = j[todo]
         y0, ly = judge(denoiser, log_ratio, y[todo], grid[i]); ly = ly.double(); asked += len(todo)
@@ -144,7 +166,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         k = todo[ok]; x[k], x0[k], l[k] = y[k], y0[ok], ly[ok]
         more = ~(ok & (i == N-1)); todo, i, ok = todo[more], i[more], ok[more]
         y[todo], j[todo], fresh[todo] = _next(mode, denoiser.schedule, grid, x[todo], x0[todo], y[todo], i, ok, eta, generator)
-    out = Judged(x0, asked/B); out.tried, out.accepted = tried, accepted
+    out = Judged(x0, asked/B); out.tried, out.accepted, out.logsnr = tried, accepted, denoiser.schedule.logsnr(grid).cpu()
     return out
 
 # %% ../nbs/19_rejection.ipynb #45a3a338
@@ -201,6 +223,20 @@ class HeadFit(namedtuple('HeadFit', 'train held train_loss held_loss steps curve
         verdict = f"{'better' if self.useful else 'NOT better'} than no judge (.693) on held-out fields" + '; MEMORISED'*self.memorised
         return f'train    accuracy {s(self.train, self.train_loss)}\nheld-out accuracy {s(self.held, self.held_loss)}\n{verdict}; step {self.steps}'
 
+# %% ../nbs/19_rejection.ipynb #cc339028
+@patch
+def plot(self:HeadFit,
+         ax=None, # matplotlib axes; None: new ones
+         label:str='held out', # of the curve
+         **kw # to matplotlib's `plot`
+        ): # the axes
+    "Held-out log-loss against the step; at the weights that were kept, both scores with their intervals (square: training fields)"
+    ax = _axes(ax, 'step'); line, = ax.plot(*zip(*self.curve), label=label, **kw)
+    for s, mark in ((self.held_loss, 'o'), (self.train_loss, 's')):
+        ax.errorbar(self.steps, s.value, [[s.value-s.low], [s.high-s.value]], marker=mark, ms=6, mfc='w', capsize=3, c=line.get_color())
+    ax.axhline(math.log(2), c='k', ls=':', lw=1); ax.set_ylabel('log-loss (dotted: no judge)'); ax.legend(fontsize=7)
+    return ax
+
 # %% ../nbs/19_rejection.ipynb #5f698ec1
 def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); trained in place
              denoiser, # frozen, with a `schedule`
@@ -222,7 +258,7 @@ def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); traine
     score = lambda a, b: head_scores(head.eval(), denoiser, a, b, 4, density, torch.Generator().manual_seed(noise_seed))
     opt, curve = torch.optim.AdamW(head.parameters(), lr, weight_decay=1e-2), [(0, score(hr, hf)[1].value)]
     best = (curve[0][1], 0, deepcopy(head.state_dict()))
-    for step in range(1, steps+1):
+    for step in progress(range(1, steps+1), desc='judge'):
         head_step(head.train(), denoiser, tr, tf, batch, density, opt, generator)
         if step % every and step < steps: continue
         curve.append((step, score(hr, hf)[1].value))

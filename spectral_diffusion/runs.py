@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['replacing', 'plain', 'revive', 'write_json', 'read_json', 'git_facts', 'cpu_name', 'system_facts', 'check_writable',
-           'Run', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'progress', 'overhear']
+           'Run', 'styles', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'progress', 'overhear']
 
 # %% ../nbs/01_runs.ipynb #022747a4
-import json, math, operator, os, platform, re, subprocess, sys, tempfile, textwrap, time, warnings
+import itertools, json, math, operator, os, platform, re, subprocess, sys, tempfile, textwrap, time, warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -166,6 +166,14 @@ def figure(self:Run,
     with replacing(self.folder/'figures'/f'{name}.png') as t: fig.savefig(t, dpi=150, bbox_inches='tight')
     return fig
 
+# %% ../nbs/01_runs.ipynb #ef6e99db
+def styles(
+    marked=False, # with markers, for curves of few points
+):
+    "Endless styles for lines, as arguments of `plot`: told apart without their colour"
+    colours, dashes = '#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9'.split(), ('-', '--', '-.', ':', (0, (5,1,1,1,1,1)))
+    for c, ls, m in zip(*map(itertools.cycle, (colours, dashes, 'osD^vX'))): yield dict(color=c, ls=ls) | (dict(marker=m, ms=4) if marked else {})
+
 # %% ../nbs/01_runs.ipynb #65732a07
 _ops = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
 
@@ -251,7 +259,7 @@ def _claim_row(ax, c, marks):
         ax.axvline(at, c='k', lw=2); ax.margins(.15); lim = ax.get_xlim()
         ax.axvspan(at, lim[c['goal'].strip()[0] == '>'], color='k', alpha=.08, lw=0); ax.set_xlim(lim)
     ax.set(yticks=[0], ylim=(-1,1)); ax.set_yticklabels([textwrap.fill(c['name'], 38)], fontsize=8)
-    ax.tick_params(axis='x', labelsize=7); ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
+    ax.tick_params(axis='x', labelsize=7); ax.locator_params(axis='x', nbins=6); ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
     ax.annotate(_value(c), (1.02, .5), xycoords='axes fraction', va='center', fontsize=8)
 
 # %% ../nbs/01_runs.ipynb #b5b46d2d
@@ -319,9 +327,9 @@ def _around(frame):
 # %% ../nbs/01_runs.ipynb #94f517cd
 class _Loop:
     "A loop under way: who runs it, how far it is, and the clock that shows it"
-    def __init__(self, frame, outer, clock, total, desc, first, after, count, every=.5):
-        self.frame,self.outer,self.clock,self.total,self.desc,self.first,self.after,self.count,self.every = frame,outer,_Note if outer else clock,total,desc,first,after,count,every
-        self.n,self.note,self.shown,self.t0,self.last,self.pid = first,'',None,time.time(),-math.inf,os.getpid()
+    def __init__(self, frame, outer, clock, every=.5, **kw): # kw: total, desc, first, after, count
+        vars(self).update(frame=frame, outer=outer, clock=_Note if outer else clock, every=every, **kw)
+        self.n,self.note,self.shown,self.t0,self.last,self.pid = self.first,'',None,time.time(),-math.inf,os.getpid()
     @property
     def done(self):
         n = self.count() if self.count else self.n

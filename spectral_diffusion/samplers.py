@@ -10,11 +10,13 @@ __all__ = ['Sample', 'tableaus', 'sample_euler', 'sample_midpoint', 'sample_heun
            'optimize_grid']
 
 # %% ../nbs/06_samplers.ipynb #69ce1a1e
-import torch, math
+import itertools, math, torch
 from torch import Tensor
 from collections import namedtuple
+from contextlib import closing
 from functools import partial
 from numpy.polynomial.legendre import leggauss
+from .runs import progress
 from .fourier import hartley, freqs
 from .schedules import Schedule, target_row, grid_logsnr, _d
 
@@ -69,13 +71,13 @@ def _march(plan, denoiser, x_T, grid, generator, callback, jump):
     keep, up, ws, *mix = plan(*_coeffs(ask.schedule, grid, X))
     rows = lambda cs: [_rows(c, X) for c in cs]
     (keep,), ws, mix, up = rows([keep]), rows(ws), rows(mix), up is not None and _rows(up, X)
-    for i, t in enumerate(grid[:-1]):
+    for i, t in enumerate(progress(grid, desc='sample', after=1.)):
+        if i == len(grid)-1: return ask.end(X, t, jump)
         G = ask(X, t)
         if mix: G = _lin((mix[0][i], G), (mix[1][i], X))
         seen = [G] + seen[:len(ws)-1]
         X = _lin((keep[i], X), *((w[i], g) for w,g in zip(ws, seen)))
         if up: X = _lin((1., X), (up[i], _randn(X, generator)))
-    return ask.end(X, grid[-1], jump)
 
 # %% ../nbs/06_samplers.ipynb #d3accdcf
 def _renew(a, b, eta):
@@ -149,17 +151,17 @@ def _rk_plan(schedule, ts, ss, method, k, x):
     return t, [[_rows(v.expand(len(ts), *v.shape[1:]), x) for v in z[:j+1]] for j,z in enumerate(Z)]
 
 # %% ../nbs/06_samplers.ipynb #d496abb8
-def _rk(ask, X, ts, ss, method, k=1., lift=None):
-    "Runge-Kutta steps from times ts to times ss; lift(i, X) may change X before step i"
-    t, (_, *plan) = _rk_plan(ask.schedule, ts, ss, method, k, X)
-    for i,times in enumerate(t):
+def _rk(ask, X, grid, ts, method, k, jump, lift=None):
+    "Runge-Kutta steps from times ts to the grid's next ones, and the end; lift(i, X) may change X before step i"
+    t, (_, *plan) = _rk_plan(ask.schedule, ts, grid[1:], method, k, X)
+    for i in progress(range(len(grid)), desc='sample', after=1.):
+        if i == len(t): return ask.end(X, grid[-1], jump)
         if lift: X = lift(i, X)
         Z, seen = X, [X]
-        for s,row in zip(times, plan):
+        for s,row in zip(t[i], plan):
             seen.append(ask(Z, s))
             Z = _lin(*((w[i], v) for w,v in zip(row, seen)))
         X = Z
-    return X
 
 # %% ../nbs/06_samplers.ipynb #9f6ee027
 @torch.no_grad()
@@ -175,8 +177,7 @@ def sample_rk(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     "Runge-Kutta on the probability flow (Song et al. 2021; heun2 with k=0: Karras et al. 2022)"
     if method not in tableaus: raise ValueError(f"unknown method {method!r}: use one of {', '.join(tableaus)}")
     ask, grid = Asker(denoiser, callback), check_grid(grid)
-    X = _rk(ask, ask.schedule.to(x_T), grid[:-1], grid[1:], method, k)
-    return ask.end(X, grid[-1], jump)
+    return _rk(ask, ask.schedule.to(x_T), grid, grid[:-1], method, k, jump)
 
 # %% ../nbs/06_samplers.ipynb #9fb3eaf0
 sample_euler, sample_midpoint, sample_heun2, sample_heun3, sample_rk4 = (partial(sample_rk, method=m) for m in tableaus)
@@ -292,7 +293,7 @@ def sample_unipc(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     ask, grid = Asker(denoiser, callback), check_grid(grid)
     X, seen = ask.schedule.to(x_T), []
     pred, corr, keep = _unipc_plan(*_coeffs(ask.schedule, grid, X), order, X)
-    for i, t in enumerate(grid if jump else grid[:-1]):
+    for i, t in enumerate(progress(grid if jump else grid[:-1], desc='sample', after=1.)):
         x0 = ask(X, t)
         if i == len(grid)-1: return Sample(ask.schedule.back(x0), ask.nfe)
         if i: X = _lin((keep[i-1], last), *((w[i-1], v) for w,v in zip(corr, [seen[0], x0] + seen[1:])))
@@ -348,7 +349,7 @@ def sample_edm(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     up = torch.where((lo <= r) & (r <= hi) & (up > t), up, t)
     (a, b), go = (_rows(c, X) for c in _lift(sch, t, up, X)), (up > t).tolist()
     lift = lambda i, X: _lin((a[i], X), (b[i]*boost, _randn(X, generator))) if go[i] else X
-    return ask.end(_rk(ask, X, up, grid[1:], 'heun2', k, lift), grid[-1], jump)
+    return _rk(ask, X, grid, up, 'heun2', k, jump, lift)
 
 # %% ../nbs/06_samplers.ipynb #9e1fc996
 @torch.no_grad()
@@ -369,13 +370,16 @@ def sample_adaptive(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     sch, X = ask.schedule, ask.schedule.to(x_T)
     (c0, c1), (t0, t1) = (v.flatten().tolist() for v in _line(sch, ends, k, X)[:2])
     if t0 == t1: return ask.end(X, ends[1], jump)
+    at, way = [0.], progress((None for _ in itertools.count()), 100, 'sample (%)', after=1., count=lambda: round(100*at[0]/(t0-t1)))
+    next(way)
     def slope(s, Y):
+        at[0] = max(at[0], float(s)); next(way)         # a trial step may be taken back
         t = _time(sch, (t0 - s.cpu())[None].double(), k).clamp(ends[1], ends[0])
         (c,), _, (p,), (q,) = (_rows(v, X) for v in _line(sch, t, k, X))
         Z = (c*Y).to(X)
         return _lin((q, ask(Z, t[0])), (p, Z)).double().neg()
     span = torch.tensor([0., t0-t1], dtype=torch.float64, device=X.device)
-    Y = odeint(slope, X.double()/c0, span, rtol=tol, atol=tol, method=method, options=dict(step_t=span[1:]))[-1]
+    with closing(way): Y = odeint(slope, X.double()/c0, span, rtol=tol, atol=tol, method=method, options=dict(step_t=span[1:]))[-1]
     return ask.end((c1*Y).to(X), grid[-1], jump)
 
 # %% ../nbs/06_samplers.ipynb #255d678f
@@ -396,13 +400,14 @@ def sample_restart(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     grid, sch, nfe = check_grid(grid), denoiser.schedule, 0
     i = (sch.logsnr(grid) - sch.logsnr(_d(t_min))).abs().argmin().item()
     if grid[i] >= t_max: raise ValueError(f'no time of the grid lies near t_min = {t_min} and below t_max = {t_max}: raise t_max or refine the grid')
-    def down(x, g, jump=False):
+    def down(x, g, jump):
         s = sampler(denoiser, x, g, generator=generator, callback=callback and (lambda m, *a: callback(nfe + m, *a)), jump=jump)
         return s.x, nfe + s.nfe
-    if i: x_T, nfe = down(x_T, grid[:i+1])
     loop = torch.cat([_d([t_max]), grid_logsnr(sch, n+1, sch.logsnr(_d(t_max)).item(), sch.logsnr(grid[i]).item())[1:-1], grid[i:i+1]])
-    for _ in range(K): x_T, nfe = down(renoise(sch, x_T, grid[i], t_max, generator), loop)
-    return Sample(*down(x_T, grid[i:], jump))
+    for g, end in progress([(grid[:i+1], False)]*(i > 0) + [(loop, False)]*K + [(grid[i:], jump)], desc='restart', after=1.):
+        if g is loop: x_T = renoise(sch, x_T, grid[i], t_max, generator)
+        x_T, nfe = down(x_T, g, end)
+    return Sample(x_T, nfe)
 
 # %% ../nbs/06_samplers.ipynb #dee9bd0c
 samplers = dict(ddim=sample_ddim, ddpm=sample_ddpm, euler_a=sample_ddpm, euler=sample_euler, midpoint=sample_midpoint,
@@ -457,7 +462,7 @@ def optimize_grid(denoiser, # D(x_t, t) -> x0_hat, oracle or trained, with a `sc
     ref = sample_dpmpp3m(denoiser, x_T, torch.cat([ends[:1], grid_logsnr(sch, fine, *sch.logsnr(ends).clamp(min=-20).tolist())[1:]])).x
     loss = lambda th, g: (sampler(denoiser, x_T, warp_grid(sch, g, th)).x - ref).abs().mean().item()
     best, grid = min(((loss(theta, g), g) for g in grids), key=lambda p: p[0])
-    for _ in range(rounds):
+    for _ in progress(range(rounds), desc='fit grid', after=1.):
         moved = False
         for d in torch.cat([torch.eye(m), -torch.eye(m)]).double()*delta:
             if (e := loss(theta + d, grid)) < best: best, theta, moved = e, theta + d, True

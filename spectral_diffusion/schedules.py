@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vp', 've', 'flow_path', 'Schedule', 'expand', 'linear', 'cosine', 'sigmoid', 'laplace', 'edm', 'flow', 'table',
-           'ddpm_linear', 'ddpm_cosine', 'zero_terminal', 'coloured', 'blurred', 'target_row', 'to_target',
-           'from_target', 'x0_per_target', 'w_plain', 'w_min_snr', 'w_edm', 'lognormal', 'draw_t', 'pdf',
+           'ddpm_linear', 'ddpm_cosine', 'zero_terminal', 'plot_schedules', 'coloured', 'blurred', 'target_row',
+           'to_target', 'from_target', 'x0_per_target', 'w_plain', 'w_min_snr', 'w_edm', 'lognormal', 'draw_t', 'pdf',
            'grid_uniform', 'grid_trailing', 'grid_logsnr', 'grid_edm']
 
 # %% ../nbs/04_schedules.ipynb #16231dd9
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.special import ndtri
 from fastcore.basics import patch
+from .runs import styles
 from .fourier import hartley, freqs, noise_like, Noise
 
 # %% ../nbs/04_schedules.ipynb #da5904c8
@@ -197,6 +198,22 @@ def zero_terminal(abar # alpha^2 after each of K steps, (K,)
     "Rescale a table to zero terminal SNR (Lin et al. 2024, algorithm 1); needs targets x0, v, u or F"
     a = _d(abar).sqrt()
     return ((a - a[-1])*a[0]/(a[0] - a[-1]))**2
+
+# %% ../nbs/04_schedules.ipynb #8a6409ff
+def plot_schedules(*schedules # any number of `Schedule`s
+                  ):
+    "Clocks (log-SNR against t; shaded: from the least to the largest frequency gain) and paths (sigma against alpha); returns the figure"
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
+    t = torch.linspace(.002, .998, 499, dtype=torch.float64)
+    for s, style in zip(schedules, styles()):
+        axs[0].plot(t, s.logsnr(t), label=s.name, **style); axs[1].plot(s.alpha(t), s.sigma(t), **style)
+        if not s.filter: continue
+        a, b = s.coeffs(t, torch.empty(len(t), 1, *s.size).double()); l = 2*(a.log() - b.log()).flatten(1)
+        axs[0].fill_between(t, l.amin(1), l.amax(1), color=style['color'], alpha=.2, lw=0)
+    axs[0].set(xlabel='t', ylabel='log-SNR', ylim=(-12,12), title='clocks'); axs[0].legend(fontsize=7, loc='upper right')
+    axs[1].set(xlabel='alpha', ylabel='sigma', title='paths', ylim=(0,1.3), aspect='equal')
+    return fig
 
 # %% ../nbs/04_schedules.ipynb #33af0fb1
 def _filtered(schedule, how, size, filter):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['denoising_loss', 'lr_scale', 'adamw', 'Stop', 'call', 'rng_state', 'set_rng_state', 'TrainState', 'tell', 'share',
-           'mean_over', 'spread', 'next_batch', 'grad_norm', 'fit', 'EMA', 'Log', 'LiveLoss', 'Checkpoints']
+           'mean_over', 'spread', 'next_batch', 'grad_norm', 'divide', 'fit', 'keep_memory', 'EMA', 'Log', 'LiveLoss',
+           'Checkpoints']
 
 # %% ../nbs/15_training.ipynb #5664365c
-import math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
+import ctypes, math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
 from IPython.display import display
 from fastcore.basics import patch
 from types import SimpleNamespace
@@ -173,6 +174,15 @@ def grad_norm(params # list of parameters
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
+# %% ../nbs/15_training.ipynb #a71c05e9
+def divide(n:int, # parts
+           *xs # tensors of one batch, or None
+          ) -> list: # n tuples of tensors, or None
+    "Equal parts of a batch"
+    b = len(xs[0])
+    if b % n: raise ValueError(f'a batch of {b} cannot be divided into {n} equal parts: choose a multiple of {n}')
+    return [tuple(x if x is None else x[i*b//n:(i+1)*b//n] for x in xs) for i in range(n)]
+
 # %% ../nbs/15_training.ipynb #bc9e2f35
 def fit(denoiser:Denoiser, # trained in place
         data, # endless iterable of clean fields (B, C, *S), or of pairs (fields, condition)
@@ -187,11 +197,12 @@ def fit(denoiser:Denoiser, # trained in place
         generator:torch.Generator=None, # source of times and noise, on any device
         callbacks=(), # objects with before, ready, before_step, after_step, after
         opt=adamw, # (parameters, lr) -> optimiser
-        accelerator=None # accelerate's, for several processes; None: one process, on the denoiser's device
+        accelerator=None, # accelerate's, for several processes; None: one process, on the denoiser's device
+        accumulate:int=1 # parts, one after the other, into which each process divides its batch to save memory; at least 1
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients"
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip, accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
-                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()))
+                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()) | (dict(accumulate=accumulate) if accumulate > 1 else {}))
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
     dev, params, batches = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)
@@ -201,9 +212,11 @@ def fit(denoiser:Denoiser, # trained in place
             x0, cond = next_batch(batches, s, dev)
             t, eps = draw_t(denoiser.schedule, len(x0), density, generator).to(dev), noise_like(x0, generator)
             s.items += len(x0); s.skip, s.clip = False, clip
-            with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): s.loss = loss(denoiser, *share(accelerator, x0, t, eps, cond), weight).mean()
-            s.opt.zero_grad(); s.loss.backward()
-            s.norm = grad_norm(params); s.loss = mean_over(accelerator, s.loss.detach())
+            s.opt.zero_grad(); s.loss = 0.
+            for part in divide(accumulate, *share(accelerator, x0, t, eps, cond)):
+                with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): share_of_loss = loss(denoiser, *part, weight).mean()/accumulate
+                share_of_loss.backward(); s.loss = s.loss + share_of_loss.detach()
+            s.norm = grad_norm(params); s.loss = mean_over(accelerator, s.loss)
             s.opt.param_groups[0]['lr'] = s.lr = lr*s.scale*lr_scale(s.step-1, steps, min(warmup, steps//5))
             call(s, callbacks, 'before_step')
             if s.step % 20 == 1 and not s.skip and not s.loss.isfinite(): raise FloatingPointError(f'the loss is {s.loss.item()} at step {s.step}: lower lr (now {s.lr:.2g}) or check the data')
@@ -213,6 +226,14 @@ def fit(denoiser:Denoiser, # trained in place
     if accelerator: denoiser.net = accelerator.unwrap_model(denoiser.net)
     denoiser.eval(); call(s, callbacks, 'after')
     return s
+
+# %% ../nbs/15_training.ipynb #759d8841
+def keep_memory() -> bool: # could it be asked? Only glibc can
+    "Ask the C library to keep freed memory for the next step (mallopt(3))"
+    try: libc = ctypes.CDLL('libc.so.6')
+    except OSError: return False
+    trim, mmap = -1, -3                                              # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    return hasattr(libc, 'mallopt') and bool(libc.mallopt(trim, 2**31-1) and libc.mallopt(mmap, 2**25))
 
 # %% ../nbs/15_training.ipynb #f61476fd
 class EMA:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['layer', 'zero', 'norm', 'modulate', 'ResBlock', 'Attention', 'tents', 'BandGain', 'ModeMatrix', 'fourier_matrices',
            'to_modes', 'from_modes', 'mode_product', 'SpectralBranch', 'SpectralBlock', 'BandShift', 'known', 'Adapter',
-           'SkipFilter', 'Bottleneck', 'Adapted', 'UNet', 'n_params', 'mixing_macs', 'ResidualDense', 'ResidualMLP',
-           'member', 'ClipMembers', 'MemberLoss', 'SeedResBlock', 'time_mlp', 'UNetCifar32', 'InvertedStepEmbedding',
-           'VolumeResBlock', 'VolumeLevel', 'Step', 'VolumeUNet', 'SeedConvBlock', 'TinyUNet', 'ComplexConv',
-           'ComplexNorm', 'ComplexSiLU', 'complex_layer', 'ComplexResBlock', 'SeedSpectralUNet']
+           'SkipFilter', 'Bottleneck', 'Adapted', 'again', 'joined', 'UNet', 'n_params', 'mixing_macs', 'ResidualDense',
+           'ResidualMLP', 'member', 'ClipMembers', 'MemberLoss', 'SeedResBlock', 'time_mlp', 'UNetCifar32',
+           'InvertedStepEmbedding', 'VolumeResBlock', 'VolumeLevel', 'Step', 'VolumeUNet', 'SeedConvBlock', 'TinyUNet',
+           'ComplexConv', 'ComplexNorm', 'ComplexSiLU', 'complex_layer', 'ComplexResBlock', 'SeedSpectralUNet']
 
 # %% ../nbs/12_unets.ipynb #29f8bd7b
 import copy, math, torch, torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from functools import lru_cache, partial
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -274,6 +275,22 @@ def _outside(dim, channels, out, emb, adapters):
     return (Adapter(dim, channels, emb, first) if first else None, Adapter(dim, out, emb) if 'output' in adapters else None,
             SkipFilter(dim, channels, emb, ('amplitude',)) if 'skip' in adapters else None)
 
+# %% ../nbs/12_unets.ipynb #e58b1d34
+def again(recompute:bool, # run `f` a second time on the way back?
+          f, # a module or function
+          *args # of `f`
+         ): # its answer
+    "f(*args), of which training keeps the arguments only if it is to be run again"
+    return checkpoint(f, *args, use_reentrant=False) if recompute and torch.is_grad_enabled() else f(*args)
+
+def joined(block, # (features, noise level) -> features
+           h:Tensor, # from below
+           skip:Tensor, # handed across, of the same size
+           e:Tensor # noise level
+          ) -> Tensor:
+    "A block of the way up: what comes from below beside what was handed across"
+    return block(torch.cat([h, skip], 1), e)
+
 # %% ../nbs/12_unets.ipynb #874ecf94
 class UNet(nn.Module):
     "(x, log-SNR, class) -> answer of x's shape, for 1, 2 or 3 spatial dims"
@@ -290,7 +307,8 @@ class UNet(nn.Module):
         dropout:float=0., # inside residual blocks, 0 to 1
         classes:int=0, # number of class labels; 0: unconditional
         out:int=None, # channels of the answer; None: `channels`
-        tell=None # size -> module (condition, B) -> (B, size), added to the noise level's vector in place of a class
+        tell=None, # size -> module (condition, B) -> (B, size), added to the noise level's vector in place of a class
+        recompute:bool=False # keep less memory in training and compute more?
     ):
         super().__init__()
         _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell)
@@ -307,7 +325,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(step(i+o, l, o) for i, l, o in zip([c]+width[::-1], levels[::-1], width[::-1]))
         last = layer('ConvTranspose' if patch > 1 else 'Conv', dim)(width[0], out or channels, **k)
         self.head = nn.Sequential(norm(width[0]), nn.SiLU(), zero(last))
-        self.pool,self.blocks,self.patch = layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch
+        self.pool,self.blocks,self.patch,self.recompute = layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch, recompute
         self.first,self.last,self.skip = _outside(dim, channels, out or channels, emb, adapters)
         self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.tell = tell(emb) if tell else None
@@ -341,8 +359,8 @@ def go_down(self:UNet,
     if more is not None: h = h + more
     for i, (block, attn) in enumerate(self.down):
         if i and i % self.blocks == 0: h = self.pool(h)
-        skips.append(h := attn(block(h, e)))
-    return self.mid(h, e), skips
+        skips.append(h := attn(again(self.recompute, block, h, e)))
+    return again(self.recompute, self.mid, h, e), skips
 
 # %% ../nbs/12_unets.ipynb #55a93f7d
 @patch
@@ -354,8 +372,9 @@ def go_up(self:UNet,
     "Up again, and out"
     for (block, attn), skip in zip(self.up, skips[::-1], strict=True):
         if h.shape[2:] != skip.shape[2:]: h = F.interpolate(h, skip.shape[2:])
-        h = attn(block(torch.cat([h, skip], 1), e))
-    return self.last(self.head(h), e=e) if self.last else self.head(h)
+        h = attn(again(self.recompute, joined, block, h, skip, e))
+    y = again(self.recompute, self.head, h)
+    return self.last(y, e=e) if self.last else y
 
 # %% ../nbs/12_unets.ipynb #a1029f98
 @patch
@@ -567,7 +586,8 @@ class VolumeUNet(nn.Module):
         groups:int=32, # of the norms
         head:int=32, # channels of a head of the attention
         time=None, # log-SNR (B,) -> (B, widths[0]); None: `waves`
-        tell=None # size -> module (condition, B) -> (B, size), as in `UNet`
+        tell=None, # size -> module (condition, B) -> (B, size), as in `UNet`
+        recompute:bool=False # keep less memory in training and compute more?
     ):
         super().__init__()
         n, emb = len(widths), 4*widths[0]; blocks = (blocks,)*n if isinstance(blocks, int) else blocks
@@ -583,7 +603,7 @@ class VolumeUNet(nn.Module):
             for _ in range(blocks[l] + 1): self.up.append(res(c + handed.pop(), w, l)); c = w
             if l: self.up.append(Step(conv(w, w), True))
         self.head = nn.Sequential(nn.GroupNorm(groups, c, 1e-6), nn.SiLU(), zero(conv(c, out or channels)))
-        self.patch,self.layout = 1, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
+        self.patch,self.recompute,self.layout = 1, recompute, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.to(memory_format=self.layout)
 
     def embed(self, logsnr, cond=None):
@@ -593,13 +613,13 @@ class VolumeUNet(nn.Module):
 
     def go_down(self, x, e, more=0.):
         skips = [h := self.stem(x.contiguous(memory_format=self.layout)) + more]
-        for block in self.down: skips.append(h := block(h, e))
-        return self.mid(h, e), skips
+        for block in self.down: skips.append(h := again(self.recompute, block, h, e))
+        return again(self.recompute, self.mid, h, e), skips
 
     def go_up(self, h, skips, e):
         skips = [*skips]
-        for block in self.up: h = block(h, e, skips[-1].shape[2:]) if isinstance(block, Step) else block(torch.cat([h, skips.pop()], 1), e)
-        return self.head(h)
+        for block in self.up: h = again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step) else again(self.recompute, joined, block, h, skips.pop(), e)
+        return again(self.recompute, self.head, h)
 
     def forward(self, x, logsnr, cond=None):
         e = self.embed(logsnr, cond)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['edges', 'template', 'atlas', 'planes', 'show_planes', 'smooth_field', 'draw', 'places', 'bend', 'drawn_sizes',
            'place', 'ellipsoids', 'render', 'diameters', 'size_bins', 'Cases', 'Volumes', 'cases', 'cohort',
-           'CaseBatches', 'triplanar', 'read_nifti', 'scaled', 'nifti_pairs', 'read_pair', 'nifti_folder']
+           'CaseBatches', 'triplanar', 'slices', 'volume_kid', 'read_nifti', 'scaled', 'nifti_pairs', 'read_pair',
+           'nifti_folder']
 
 # %% ../nbs/09_volumes.ipynb #c8e6a891
 import math, numpy as np, torch, torch.nn.functional as F, matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 from .runs import progress, replacing
+from .metrics import Score, jackknife, mmd2
 from .data import Batches, check_mask, to_uint8
 
 # %% ../nbs/09_volumes.ipynb #23647555
@@ -293,6 +295,29 @@ def triplanar(
     "Sagittal, coronal and axial slices as images"
     at = lambda m: (m*(.25 + .5*(torch.arange(n, device=x.device) + .5)/n)).long()
     return [x.index_select(d, at(x.shape[d])).movedim(d, 1).flatten(0, 1) for d in (2, 3, 4)]
+
+# %% ../nbs/09_volumes.ipynb #d7c1406f
+def slices(
+    x:Tensor, # volumes, (N, C, X, Y, Z)
+    n:int=2, # per direction
+)->Tensor|list: # pictures, (3 n N, C, rows, columns), volumes vary fastest; a list of three where the sides differ
+    "Slices in three directions, for an extractor"
+    parts = [v.unflatten(0, (len(x), -1)).transpose(0, 1).flatten(0, 1) for v in triplanar(x, n)]
+    return torch.cat(parts) if len({p.shape[1:] for p in parts}) == 1 else parts
+
+def volume_kid(
+    f:Tensor, # features of slices of n volumes, which vary fastest
+    ref:Tensor, # features of the reference's slices
+    n:int, # volumes
+    name:str='KID', # with the extractor's name
+    stat=mmd2, # (features, features) -> 0-d
+    groups:int=8, # of volumes, left out in turn
+)->Score: # n counts volumes
+    "KID of slices, or another statistic of two sets of features, with an interval over volumes"
+    if len(f) % n or n < groups: raise ValueError(f'{len(f)} features of {n} volumes in {groups} groups: every volume has as many slices, and a group at least one volume')
+    own = torch.arange(len(f)) % n % groups; v = stat(f, ref)
+    h = float(jackknife(v, [stat(f[own != g], ref) for g in range(groups)])[0])
+    return Score(float(v), float(v) - h, float(v) + h, n, name)
 
 # %% ../nbs/09_volumes.ipynb #27d41aab
 def read_nifti(

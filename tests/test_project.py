@@ -1,7 +1,7 @@
 "The book's order, notebooks and modules in step, and nothing in them that belongs to one machine."
 import ast, json, re, subprocess
 from pathlib import Path
-import pytest
+import pytest, yaml
 
 root = Path(__file__).parent.parent
 cells = lambda nb, kind='code': [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == kind]
@@ -60,6 +60,31 @@ def test_templates_have_no_outputs():
 def test_readme_is_rendered():
     r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
+
+def found(node, key):
+    "Everything under a key, however deep"
+    if isinstance(node, dict): return [v for k, v in node.items() if k == key] + [x for v in node.values() for x in found(v, key)]
+    return [x for v in node for x in found(v, key)] if isinstance(node, list) else []
+
+def workflow_faults(texts):
+    "What must not be in the workflows: others' actions, versions that move, slow tests that nothing starts"
+    flows, pinned = [yaml.safe_load(t) for t in texts], r'\bQUARTO: \d+\.\d+\.\d+\s*[}\n]'
+    bad = [f'action {u}' for u in found(flows, 'uses') if not re.fullmatch(r'actions/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})', str(u))]
+    bad += ['Quarto is not pinned' for t in texts if 'quarto' in t.lower() and not (re.search(pinned, t) and {*re.findall(r'releases/download/(\S+)', t)} == {'v$QUARTO'})]
+    slow = [(f, j) for f in flows for j in f['jobs'].values() if any('-m slow' in str(r) for r in found(j, 'run'))]
+    def timed(f, j): return any(re.fullmatch(r'(\S+ ){4}\S+', c) for c in found(f.get(True), 'cron')) and "event_name == 'schedule'" in j.get('if', "event_name == 'schedule'")      # YAML reads the key `on` as true
+    return bad + ([] if any(timed(*x) for x in slow) else ['slow tests without a schedule'])
+
+workflows = [f.read_text() for f in sorted((root/'.github'/'workflows').glob('*.yml'))]
+def test_workflows(): assert len(workflows) == 2 and workflow_faults(workflows) == []
+
+@pytest.mark.parametrize('old, new, fault', [
+    ('actions/checkout@v4', 'actions/checkout', 'action'), ('actions/checkout@v4', 'actions/checkout@main', 'action'), ('actions/deploy-pages@v4', 'peaceiris/actions-gh-pages@v4', 'action'),
+    ('- run: bash .ci/run', '- uses: fastai/workflows/nbdev-ci@master', 'action'), ('QUARTO: 1.7.32', 'QUARTO: 1.7', 'Quarto'), ('download/v$QUARTO', 'download/latest', 'Quarto'),
+    ('QUARTO: 1.7.32', 'QUARTO: latest', 'Quarto'), ('  schedule: [{cron: "0 3 * * 1"}]\n', '', 'slow'), (" || github.event_name == 'schedule'", '', 'slow'), ('pytest -m slow', 'pytest', 'slow')])
+def test_workflow_faults_are_seen(old, new, fault):
+    assert any(old in w for w in workflows)
+    assert [b.split()[0] for b in workflow_faults([w.replace(old, new) for w in workflows])][:1] == [fault]
 
 def test_full_size_is_built():
     "The quickstart's network for a GPU, on the meta device: no memory, but every shape"

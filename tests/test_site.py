@@ -74,6 +74,38 @@ def test_dark_mode(tab, url):
     tab.reload(); tab.wait_for_timeout(400); assert max(tab.evaluate(light)) < .3
     tab.locator('.quarto-color-scheme-toggle:visible').first.click()
 
+pale = """() => {
+  const ctx = document.createElement('canvas').getContext('2d', {willReadFrequently: true}), known = new Map(), out = new Set(), t = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const read = c => { ctx.clearRect(0, 0, 1, 1); ctx.fillStyle = c; ctx.fillRect(0, 0, 1, 1); return [...ctx.getImageData(0, 0, 1, 1).data]; };
+  const rgba = c => { if (!known.has(c)) known.set(c, read(c)); return known.get(c); };
+  const over = (a, b) => b.map((v, i) => a[i]*a[3]/255 + v*(1 - a[3]/255));
+  const paper = e => e ? over(rgba(getComputedStyle(e).backgroundColor), paper(e.parentElement)) : [255, 255, 255];
+  const light = c => c.map(v => v/255).map(v => v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], .05);
+  while (t.nextNode()) {
+    const e = t.currentNode.parentElement, c = getComputedStyle(e), size = parseFloat(c.fontSize);
+    if (!t.currentNode.data.trim() || e.closest('script, style, noscript') || !e.checkVisibility({visibilityProperty: true})) continue;
+    const p = paper(e), [a, b] = [light(p), light(over(rgba(c.color), p))], ratio = Math.max(a, b)/Math.min(a, b);
+    if (ratio < (size >= 24 || size >= 18.66 && c.fontWeight >= 600 ? 3 : 4.5)) out.add(`${e.tagName} ${e.className} in ${e.parentElement.className || e.parentElement.tagName}: ${ratio.toFixed(2)} (${t.currentNode.data.trim().slice(0, 30)})`);
+  }
+  return [...out]; }"""
+
+@pytest.mark.parametrize('page', ['index.html', 'schedules.html', 'reports/index.html', 'reports/00_quickstart.html'])
+def test_legible(page, tab, url):
+    "In both schemes letters stand out from their paper (WCAG: 4.5, large ones 3), and figures keep the white one that they were drawn on"
+    tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(url + page)
+    for scheme in ('light', 'dark'):
+        assert tab.evaluate(pale) == [], scheme
+        assert {*tab.evaluate("[...document.querySelectorAll('main img')].map(i => getComputedStyle(i).backgroundColor)")} <= {'rgb(255, 255, 255)'}, scheme
+        tab.locator('.quarto-color-scheme-toggle:visible').first.click(); tab.wait_for_timeout(400)
+
+def test_wide_figures_on_a_phone(tab, url):
+    "Four panels in a row are not squeezed into 360 pixels: they scroll, the page does not"
+    tab.set_viewport_size(dict(width=390, height=900)); tab.goto(url + 'schedules.html')
+    tab.wait_for_selector('.figure-scroll img')
+    widths = tab.evaluate("[...document.querySelectorAll('main img')].filter(i => i.naturalWidth > 1.6*i.naturalHeight).map(i => [i.clientWidth, i.closest('.figure-scroll')?.scrollWidth])")
+    assert widths and all(w >= 600 and scroll >= w for w, scroll in widths)
+    assert tab.evaluate('document.documentElement.scrollWidth - window.innerWidth') <= 1
+
 def test_search(tab, url):
     "A name leads to its chapter"
     tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(url + 'index.html')
