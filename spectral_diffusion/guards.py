@@ -252,7 +252,7 @@ def plot_trial(runs:dict # name -> what `trial` returned
               ):
     "Loss, gradient norm with the guards' deeds, and R2 (cut at -.5), batch by batch, a row for each run; returns the figure"
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(runs), 3, figsize=(10, 2.1*len(runs) + .5), layout='constrained', sharex=True, sharey='col', squeeze=False)
+    fig, axs = plt.subplots(len(runs), 3, figsize=(11, 2.1*len(runs) + .5), layout='constrained', sharex=True, sharey='col', squeeze=False)
     for (name, r), (a, b, c) in zip(runs.items(), axs):
         a.semilogy([30*v for v in r.trace.loss], lw=.8, c='C0'); a.set_ylabel(name); b.semilogy(r.trace.norm, lw=.8, c='C0'); b.axhline(1, c='.5', ls=':', lw=1)
         for what, mark, y in (('skipped', 'x', .94), ('rolled back', '^', .84), ('healed', 'o', .74)):
@@ -260,9 +260,10 @@ def plot_trial(runs:dict # name -> what `trial` returned
         for k, q in enumerate(torch.stack(r.trace.r2 or [torch.zeros(0)]).T):
             c.plot(range(9, 10*len(q), 10), q.clamp(min=-.5), c=plt.cm.cividis(k/4), ls=('-', '--', '-.', ':')[k], label=f't = {k/4:.2f} to {(k+1)/4:.2f}')
         c.axhline(.05, c='.5', ls=':', lw=1); c.set(ylim=(-.55, 1))
-        for ax in (b, c): ax.legend(fontsize=7, loc='center left') if ax.get_legend_handles_labels()[0] else None
+        if len(b.lines) > 2: b.legend(fontsize=7, loc='upper right')
     for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: collapsed)')): ax.set_title(title)
     for ax in axs[-1]: ax.set_xlabel('batches seen')
+    fig.legend(*c.get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
 
 # %% ../nbs/16_guards.ipynb #0c149cbc
