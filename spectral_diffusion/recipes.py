@@ -24,7 +24,7 @@ from .unets import UNet, UNetCifar32, VolumeUNet, n_params
 from .transformers import dit
 from .training import EMA, Checkpoints, Log, adamw, denoising_loss, fit
 from .codecs import Codec, Encoded, latent_shape
-from .conditioning import SDA, Conditioned, Parts, ScoreAug, SizeWeighted, modes, network
+from .conditioning import SDA, Conditioned, ScoreAug, SizeWeighted, modes, network
 
 # %% ../nbs/21_recipes.ipynb #4dbb0292
 @dataclass(frozen=True)

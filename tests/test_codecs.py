@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from spectral_diffusion.checkpoints import Store
 from spectral_diffusion.codecs import (DCT, AutoEncoder, Blocks, Codec, DCAE, Encoded, Haar, InField, Latent, PerBand, PrefixLoss, SpaceToDepth, admit, block_average, block_matrix, codebook_use,
-                                       digest, field_error, latent_shape, load_codec, match, prefix, principal, save_codec, train_codec)
+                                       digest, field_error, latent_shape, load_codec, prefix, principal, save_codec, to_channels, train_codec)
 from spectral_diffusion.data import Batches, digits, to_field
 from spectral_diffusion.denoisers import Denoiser, Gaussian, Linear
 from spectral_diffusion.fourier import Noise, power_law
@@ -152,7 +152,7 @@ def test_quantiser():
     q = V.quantise(V.analyse(x))[0]; assert torch.allclose(V.quantise(q)[0], q, atol=1e-5)
 
 def test_match():
-    x = torch.arange(8.).view(1, 8, 1); assert match(x, 4).flatten().tolist() == [.5, 2.5, 4.5, 6.5] and match(match(x, 16), 8).equal(x)
+    x = torch.arange(8.).view(1, 8, 1); assert to_channels(x, 4).flatten().tolist() == [.5, 2.5, 4.5, 6.5] and to_channels(to_channels(x, 16), 8).equal(x)
 
 @pytest.mark.parametrize('S', [(16,), (8, 8), (4, 4, 4)])
 def test_preconditioning_turns_with_the_field(S):
