@@ -33,10 +33,15 @@ class Codec(nn.Module):
     def analyse(self, x): return x
     def synthesise(self, z): return z
     def stats(self, of, z):
-        "Mean and std of each channel, ready to broadcast over latents; 0 and 1 where none were set"
-        return (getattr(self, f'{k}_{of}').to(z).view(-1, *[1]*(z.ndim-2)) if of in self.bound else d for k, d in (('mean', 0.), ('std', 1.)))
-    def encode(self, x, of='image'): z = self.analyse(x); m, s = self.stats(of, z); return (z - m)/s
-    def decode(self, z, of='image'): m, s = self.stats(of, z); return self.synthesise(z*s + m)
+        "Mean and std of each channel, ready to broadcast over latents"
+        return (getattr(self, f'{k}_{of}').to(z).view(-1, *[1]*(z.ndim-2)) for k in ('mean', 'std'))
+    def encode(self, x, of='image'):
+        z = self.analyse(x)
+        if of in self.bound: m, s = self.stats(of, z); z = (z - m)/s
+        return z
+    def decode(self, z, of='image'):
+        if of in self.bound: m, s = self.stats(of, z); z = z*s + m
+        return self.synthesise(z)
 
 # %% ../nbs/18_codecs.ipynb #901b12ac
 @torch.no_grad()
