@@ -6,7 +6,7 @@
 __all__ = ['bases', 'Codec', 'latent_shape', 'block_matrix', 'butterfly', 'Blocks', 'SpaceToDepth', 'Haar', 'DCT', 'digest',
            'save_codec', 'load_codec', 'Latent', 'InField', 'field_error', 'PerBand', 'principal', 'Encoded', 'Res',
            'to_channels', 'Shuffle', 'AutoEncoder', 'train_codec', 'block_average', 'admit', 'prefix', 'DCAE',
-           'PrefixLoss', 'VQVAE', 'codebook_use']
+           'Perceptual', 'Adversary', 'PrefixLoss', 'VQVAE', 'codebook_use']
 
 # %% ../nbs/18_codecs.ipynb #c86876a4
 import hashlib, json, math, torch, torch.nn.functional as F
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .runs import progress
 from .fourier import dct, haar, noise_like
-from .metrics import Score, psnr
+from .metrics import Score, fold_bn, lite0_net, psnr
 from .unets import layer, norm, zero
 from .transformers import patchify, unpatchify
+from .volumes import triplanar
 from .checkpoints import durable, refuse_pickle
 from .training import adamw, denoising_loss, lr_scale
 
@@ -416,6 +417,42 @@ class DCAE(AutoEncoder):
     def reconstruct(self, x, generator=None):
         o = self.config['options']; z = self.analyse(x)
         return self.synthesise(prefix(z, o[int(torch.randint(len(o), (1,), generator=generator))]) if o else z), 0.
+
+# %% ../nbs/18_codecs.ipynb #e75f2411
+class Perceptual:
+    "A term for `train_codec`: squared distance of directions in feature maps of EfficientNet-Lite0 (Zhang et al. 2018, eq. 1)"
+    def __init__(self,
+        weight:float=.1, # of the term
+        taps=(1, 3, 5), # blocks after which to look; sides are then 1/4, 1/8 and 1/16
+        slices:int=2 # of a volume, per direction
+    ): self.weight,self.taps,self.slices,self.net = weight,taps,slices,fold_bn(lite0_net())
+    def maps(self, x):
+        x = self.net._swish(self.net._conv_stem((x.clamp(-1, 1)*127.5 + .5).expand(-1, 3, -1, -1)/128))
+        for i, b in enumerate(self.net._blocks[:max(self.taps) + 1]):
+            x = b(x)
+            if i in self.taps: yield F.normalize(x, dim=1)
+    def __call__(self, y, x):
+        pairs = [(y, x)] if x.ndim == 4 else zip(triplanar(y, self.slices), triplanar(x, self.slices))
+        return self.weight*sum((a - b).square().sum(1).mean() for v, w in pairs for a, b in zip(self.maps(v), self.maps(w)))
+
+# %% ../nbs/18_codecs.ipynb #d728293d
+class Adversary:
+    "A term for `train_codec`: a critic of patches with a hinge loss, trained beside (Esser et al. 2021, eq. 5)"
+    def __init__(self,
+        dim:int, # spatial dims of the fields
+        channels:int=1, # of the fields
+        weight:float=.01, # of the term
+        start:int=0, # calls before it counts
+        width:int=16, # channels of the critic's first layer
+        lr:float=1e-3 # of the critic
+    ):
+        conv = layer('Conv', dim); self.weight,self.start,self.calls = weight,start,0
+        self.net = nn.Sequential(conv(channels, width, 4, 2, 1), nn.LeakyReLU(.2), conv(width, 2*width, 4, 2, 1), nn.LeakyReLU(.2), conv(2*width, 1, 3, 1, 1))
+        self.opt = torch.optim.Adam(self.net.parameters(), lr, betas=(.5, .9))
+    def __call__(self, y, x):
+        loss = F.relu(1 - self.net(x)).mean() + F.relu(1 + self.net(y.detach())).mean()
+        self.opt.zero_grad(); loss.backward(); self.opt.step(); self.calls += 1
+        return -self.weight*self.net(y).mean() if self.calls > self.start else 0.
 
 # %% ../nbs/18_codecs.ipynb #8958cb79
 class PrefixLoss:

@@ -7,13 +7,14 @@ __all__ = ['layer', 'zero', 'norm', 'modulate', 'ResBlock', 'Attention', 'tents'
            'to_modes', 'from_modes', 'mode_product', 'SpectralBranch', 'SpectralBlock', 'BandShift', 'known', 'Adapter',
            'SkipFilter', 'Bottleneck', 'Adapted', 'again', 'joined', 'UNet', 'n_params', 'mixing_macs', 'ResidualDense',
            'ResidualMLP', 'member', 'ClipMembers', 'MemberLoss', 'SeedResBlock', 'time_mlp', 'UNetCifar32',
-           'InvertedStepEmbedding', 'VolumeResBlock', 'VolumeLevel', 'Step', 'VolumeUNet', 'SeedConvBlock', 'TinyUNet',
-           'ComplexConv', 'ComplexNorm', 'ComplexSiLU', 'complex_layer', 'ComplexResBlock', 'SeedSpectralUNet']
+           'InvertedStepEmbedding', 'VolumeResBlock', 'VolumeLevel', 'Step', 'VolumeUNet', 'take_over', 'SeedConvBlock',
+           'TinyUNet', 'ComplexConv', 'ComplexNorm', 'ComplexSiLU', 'complex_layer', 'ComplexResBlock',
+           'SeedSpectralUNet']
 
 # %% ../nbs/12_unets.ipynb #29f8bd7b
 import copy, math, torch, torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .fourier import irfftn, rfftn
@@ -624,6 +625,23 @@ class VolumeUNet(nn.Module):
     def forward(self, x, logsnr, cond=None):
         e = self.embed(logsnr, cond)
         return self.go_up(*self.go_down(x, e), e)
+
+# %% ../nbs/12_unets.ipynb #772731cf
+@torch.no_grad()
+def take_over(
+    ours:VolumeUNet, # of the same widths, blocks and attention; changed in place
+    theirs:nn.Module, # MONAI's `DiffusionModelUNet` with use_combined_linear
+)->VolumeUNet:
+    "Copy MONAI's weights, kind by kind in the order of the layers"
+    pick = lambda net, *names: [m for m in net.modules() if type(m).__name__ in names]
+    kinds = (('VolumeResBlock',), ('DiffusionUNetResnetBlock',)), (('Attention',), ('SpatialAttentionBlock',)), (('Step',), ('DiffusionUnetDownsample', 'WrappedUpsample'))
+    pairs = [(ours.mlp, theirs.time_embed), (ours.stem, theirs.conv_in), (ours.head, theirs.out)] + [p for a, b in kinds for p in zip(pick(ours, *a), pick(theirs, *b), strict=True)]
+    rename = lambda k: reduce(lambda k, r: k.replace(*r), (('time_emb_proj', 'film'), ('attn.', ''), ('out_proj', 'out'), ('.conv', '')), k)
+    for a, b in pairs:
+        for (n, p), (k, q) in zip(*(sorted((rename(k), p) for k,p in m.named_parameters()) for m in (a, b)), strict=True):
+            if p.shape != q.shape: raise ValueError(f'{n} is {tuple(p.shape)} here and {k} is {tuple(q.shape)} there: build both with the same widths')
+            p.copy_(q)
+    return ours
 
 # %% ../nbs/12_unets.ipynb #a037f65f
 class SeedConvBlock(nn.Module):
