@@ -73,9 +73,11 @@ def butterfly(x:Tensor, # (B, C, *S), even sides; back: (B, 2^d C, *S)
               back:bool=False # from wavelets to fields?
              ) -> Tensor: # (B, 2^d C, *S/2), channels as in `block_matrix`; back: (B, C, *2S)
     "One level of Haar by sums and differences, without a gradient"
-    B, d, S = len(x), x.ndim - 2, x.shape[2:]; full = [2*n for n in S] if back else [*S]; half = [n//2 for n in full]
+    (B, C, *S), d = x.shape, x.ndim - 2
+    if not back and any(n % 2 for n in S): raise ValueError(f'a field of {tuple(S)} cannot be cut into blocks of side 2')
+    full = [2*n for n in S] if back else S; half = [n//2 for n in full]
     x = x.reshape(-1, 2**d if back else 1, *S); out = x.new_empty(len(x), *((1, *full) if back else (2**d, *half)))
-    n = max(1, 2**18//x[0].numel()); room = x.new_empty(2, n*x[0].numel())          # a megabyte; two rooms are written in turn
+    size = math.prod(x.shape[1:]); n = max(1, 2**18//size); room = x.new_empty(2, n*size)                   # a megabyte; two rooms are written in turn
     for y, o in zip(x.split(n), out.split(n)):
         for i, k in enumerate(range(d) if back else reversed(range(d))):            # there: the last dim first, where pairs are neighbours
             m = 2**(d-1-i) if back else 2**i; shape = (m, *full[:k+1], *half[k+1:]) if back else (2*m, *full[:k], *half[k:])
@@ -84,7 +86,7 @@ def butterfly(x:Tensor, # (B, C, *S), even sides; back: (B, 2^d C, *S)
             (a, b), (p, q) = (y.split(m, 1), pairs(z)) if back else (pairs(y), z.split(m, 1))
             torch.add(a, b, out=p); torch.sub(a, b, out=q); y = z
         o.mul_(2**(-d/2))
-    return out.view(B, -1, *out.shape[2:])
+    return out.view(B, C//2**d if back else C*2**d, *out.shape[2:])
 
 # %% ../nbs/18_codecs.ipynb #708dfd2e
 class Blocks(Codec):
@@ -97,15 +99,12 @@ class Blocks(Codec):
         if basis not in bases: raise ValueError(f"unknown basis '{basis}': use one of {', '.join(bases)}")
         if basis == 'haar' and k & (k-1): raise ValueError(f'Haar blocks have a side of 2, 4, 8, ..., not {k}')
     def _turn(self, y, back=False):
+        if self.basis == 'fold': return y
         d = y.ndim - 2; M = block_matrix(self.basis, self.k, d).to(y)
         return ((M.T if back else M) @ y.reshape(-1, self.k**d, math.prod(y.shape[2:]))).view_as(y)
-    def _go(self, x, back):
-        k = (self.k,)*(x.ndim-2)
-        if self.basis == 'haar' and self.k == 2 and not x.requires_grad and all(n % 2 == 0 or back for n in x.shape[2:]): return butterfly(x, back)
-        turn = (lambda y, *_: y) if self.basis == 'fold' else self._turn
-        return unpatchify(turn(x.contiguous(), True), k) if back else turn(patchify(x, k))
-    def analyse(self, x): return self._go(x, False)
-    def synthesise(self, z): return self._go(z, True)
+    def _one_level(self, x): return self.basis == 'haar' and self.k == 2 and not x.requires_grad
+    def analyse(self, x): return butterfly(x) if self._one_level(x) else self._turn(patchify(x, (self.k,)*(x.ndim-2)))
+    def synthesise(self, z): return butterfly(z, True) if self._one_level(z) else unpatchify(self._turn(z.contiguous(), True), (self.k,)*(z.ndim-2))
 
 # %% ../nbs/18_codecs.ipynb #dd0a54a6
 def SpaceToDepth(k:int=2 # side of a block

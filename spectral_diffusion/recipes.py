@@ -135,7 +135,7 @@ def denoiser(r:Recipe, # what to build
     if r.units == 'frequencies' and psd is None: raise ValueError(f"recipe '{r.name}' counts in units of frequencies: pass psd=psd_of(data)")
     sch = r.schedule(); net = r.net(channels, sch)
     if channels == 3 and n_params(net) != r.params: raise ValueError(f"recipe '{r.name}' promises {r.params:,} parameters and its network has {n_params(net):,}")
-    if r.units == 'frequencies': return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.sqrt(), r.sd or sd)
+    if r.units == 'frequencies': return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
     return Denoiser(net, sch, r.target, r.sd or sd)
 
 # %% ../nbs/21_recipes.ipynb #d5817bf5
@@ -143,6 +143,7 @@ def effort(r:Recipe, # of which
            sd:float=.5 # std of the data, where the recipe leaves it open
           ) -> tuple: # log-SNR (n,), p times w (n,), of area 1 between log-SNR -12 and 12
     "Where the recipe trains, per unit of log-SNR, in terms of the squared error of x0 relative to what Wiener's filter leaves"
+    if r.units == 'frequencies': raise ValueError(f"recipe '{r.name}' weighs each frequency by itself: it has no single curve")
     sch, sd = r.schedule(), r.sd or sd
     lam, p = pdf(r.density or (lambda u: sch.logsnr(u)))
     w = (r.weight or w_plain(r.target, sch.path, sd))(lam)*sd**2/(1 + sd**2*lam.exp())
@@ -161,7 +162,7 @@ def train(r:Recipe, # what to train
     "Train a recipe; with a run, the same call goes on where a killed one stopped"
     torch.manual_seed(seed)
     gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
-    x = to_field(data.train[:5000]); D = denoiser(r, data.shape[0], x.std().item(), psd_of(x).clamp(min=1e-6) if r.units == 'frequencies' else None).to(device)
+    x = to_field(data.train[:5000]); D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
     ema, log, batches = EMA(r.ema), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
     keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', config=dict(recipe=r.name, seed=seed))] if run else []
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *keep, *callbacks], opt=r.opt)
