@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple
 from torch import nn, Tensor
 from .metrics import Score, bootstrap
 from .volumes import size_bins
-from .unets import UNet, known, layer, zero
+from .unets import UNet, known, pointwise, zero
 from .training import denoising_loss
 
 # %% ../nbs/17_conditioning.ipynb #ebffa1fb
@@ -138,7 +138,7 @@ class ControlNet(nn.Module):
         self.hint = zero(type(stem)(maps, stem.out_channels, stem.kernel_size, stem.stride, stem.padding))
         probe = torch.zeros(1, stem.in_channels, *[4*base.patch]*dim).to(stem.weight)
         with torch.no_grad(): h, skips = base.go_down(probe, base.embed(probe.flatten()[:1]))
-        self.out = nn.ModuleList(zero(layer('Conv', dim)(v.shape[1], v.shape[1], 1)) for v in (h, *skips))
+        self.out = nn.ModuleList(zero(pointwise(dim, v.shape[1], v.shape[1])) for v in (h, *skips))
         self.to(stem.weight.device, memory_format=base.layout)
     mid = property(lambda self: self.base.mid)
 
