@@ -35,13 +35,14 @@ class Codec(nn.Module):
     def synthesise(self, z): return z
     def stats(self, of, z):
         "Mean and std of each channel, ready to broadcast over latents"
+        if of not in self.bound: raise ValueError(f"there are statistics of {', '.join(map(repr, self.bound))}, none of '{of}': fit(x, '{of}')")
         return (getattr(self, f'{k}_{of}').to(z).view(-1, *[1]*(z.ndim-2)) for k in ('mean', 'std'))
     def encode(self, x, of='image'):
         z = self.analyse(x)
-        if of in self.bound: m, s = self.stats(of, z); z = (z - m)/s
+        if self.bound: m, s = self.stats(of, z); z = (z - m)/s
         return z
     def decode(self, z, of='image'):
-        if of in self.bound: m, s = self.stats(of, z); z = z*s + m
+        if self.bound: m, s = self.stats(of, z); z = z*s + m
         return self.synthesise(z)
 
 # %% ../nbs/18_codecs.ipynb #901b12ac
@@ -160,8 +161,9 @@ def fit(self:Codec, x:Tensor, # fields, (N, C, *S)
 # %% ../nbs/18_codecs.ipynb #35ccd581
 @patch
 def check(self:Codec) -> Codec:
-    "Refuse statistics that belong to other weights"
+    "Refuse statistics that belong to other weights, and a learned codec without any"
     now = digest(self)
+    if not self.bound and next(self.parameters(), None) is not None: raise ValueError(f'this {type(self).__name__} has no statistics: fit it to data first')
     if bad := [k for k, v in self.bound.items() if v != now]: raise ValueError(f"the statistics of {', '.join(map(repr, bad))} were fitted when the codec's weights were {self.bound[bad[0]]}, they are {now} now: fit them again")
     return self
 
