@@ -222,6 +222,8 @@ class VolumeRecipe:
     batch:int=1 # volumes per step
     warmup:int=5 # epochs of rising learning rate
     clip:float=1. # largest gradient norm
+    opt:Callable=adam # (parameters, lr) -> optimiser; the seed's AdamW, whose decay it does not give
+    bf16:bool=True # run the network in bfloat16, on a GPU?
     ema:float=0. # largest decay of the average; 0: none
     loss:Callable=denoising_loss # (denoiser, x0, t, eps, cond, weight) -> (B,)
     best:float|None=None # the seed's best validation loss, flow target
@@ -282,15 +284,16 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
                   codec:Codec=None, # with statistics of 'image' and 'mask', where the recipe names one
                   steps:int=0, # optimiser steps; 0: as many as its epochs are
                   seed:int=0, # of everything random
-                  callbacks=() # more of them
+                  callbacks=(), # more of them
+                  device='cpu' # where
                  ) -> SimpleNamespace: # model (the average, if there is one), online, log, state
     "Train a recipe of volumes, at whatever size the cases have"
     if (codec is None) != (r.codec == 'pixels'): raise ValueError(f"recipe '{r.name}' works in {r.codec}: pass {'no codec' if codec else 'a fitted codec'}")
     shape = (1, *cases.image.shape[2:])
     if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]: raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
-    D, log, ema = Denoiser(r.net(), r.schedule(), r.target), Log(), [EMA(r.ema)] if r.ema else []
+    D, log, ema = Denoiser(r.net(), r.schedule(), r.target).to(device), Log(), [EMA(r.ema)] if r.ema else []
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
-    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip, loss=r.loss, generator=gen(2), callbacks=[*ema, log, *callbacks])
+    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2), [*ema, log, *callbacks], r.opt)
     return SimpleNamespace(model=ema[0].model if ema else D, online=D, log=log, state=state)
