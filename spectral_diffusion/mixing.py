@@ -370,7 +370,7 @@ class Pointwise(nn.Linear):
     def forward(self, x, reuse=False): # reuse: may the answer overwrite x?
         if not x.is_contiguous(): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
         h, b = x.flatten(2), self.bias[:,None]
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not x.is_cpu: y = torch.baddbmm(b, self.weight.expand(len(h), -1, -1), h)
+        if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled('cpu'): y = torch.baddbmm(b, self.weight.expand(len(h), -1, -1), h)
         else:
             y = h if reuse and len(b) == h.shape[1] else h.new_empty(len(h), len(b), h.shape[2])
             for a, out in zip(h, y): out.copy_(torch.addmm(b, self.weight, a))
