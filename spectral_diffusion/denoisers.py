@@ -155,19 +155,21 @@ class Mixture:
 
 # %% ../nbs/05_denoisers.ipynb #feb4eb22
 class Guided(nn.Module):
-    "A denoiser that is told `cond` and exaggerates what that changes, inside an interval of log-SNR"
+    "A denoiser that exaggerates what being told `cond`, or being better than another, changes, inside an interval of log-SNR"
     def __init__(self,
         denoiser, # D(x_t, t, cond) -> x0_hat; with cond None it is told nothing
-        cond, # condition of the batch, as the denoiser takes it
+        cond=None, # condition of the batch, as the denoiser takes it
         scale:float=1., # w: 0 ignores the condition, 1 passes it on, more exaggerates
-        interval:tuple=(-math.inf, math.inf) # log-SNR, lowest and highest, between which w is used; elsewhere it is 1
+        interval:tuple=(-math.inf, math.inf), # log-SNR, lowest and highest, between which w is used; elsewhere it is 1
+        against=None # a worse denoiser, told the same; None: the same denoiser, told nothing
     ):
         super().__init__()
         if not interval[0] < interval[1]: raise ValueError(f'interval={interval} holds no log-SNR: give the lower end first')
-        self.denoiser,self.cond,self.scale,self.interval,self.schedule = denoiser,cond,scale,interval,denoiser.schedule
+        self.denoiser,self.cond,self.scale,self.interval,self.against,self.schedule = denoiser,cond,scale,interval,against,denoiser.schedule
 
     def forward(self, x, t, cond=None):
-        given, lam = self.denoiser(x, t, self.cond if cond is None else cond), self.schedule.logsnr(_d(t))
+        cond = self.cond if cond is None else cond
+        given, lam = self.denoiser(x, t, cond), self.schedule.logsnr(_d(t))
         w = torch.where((lam >= self.interval[0]) & (lam <= self.interval[1]), self.scale, 1.).to(x)
         if (w == 1).all(): return given
-        return torch.lerp(self.denoiser(x, t), given, w.view(-1, *[1]*(x.ndim-1)))
+        return torch.lerp(self.against(x, t, cond) if self.against else self.denoiser(x, t), given, w.view(-1, *[1]*(x.ndim-1)))

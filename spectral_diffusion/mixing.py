@@ -276,9 +276,9 @@ class BasisMixer(Mixer):
         basis:str='dct' # or 'haar'
     ):
         super().__init__()
-        self.to,self.back = dict(dct=(dct, idct), haar=(haar, unhaar))[basis]
+        self.into,self.back = dict(dct=(dct, idct), haar=(haar, unhaar))[basis]
         self.w = nn.Parameter(torch.ones(channels, *size))
-    def mix(self, x): return self.back(self.to(x)*self.w.to(x.dtype))
+    def mix(self, x): return self.back(self.into(x)*self.w.to(x.dtype))
 
 # %% ../nbs/11_mixing.ipynb #0166570b
 def allowed(mask, # keys that exist, bool (B, n), or None

@@ -17,14 +17,14 @@ from torch import Tensor
 from .runs import Run, progress
 from .fourier import psd_of
 from .schedules import Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm, grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain
-from .denoisers import Denoiser
+from .denoisers import Denoiser, Guided
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
 from .volumes import CaseBatches, Cases
 from .embeddings import StepEmbedding
 from .unets import UNet, UNetCifar32, VolumeUNet, n_params
 from .transformers import dit
-from .training import EMA, Checkpoints, Log, adamw, denoising_loss, fit
+from .training import EMA, Checkpoints, Early, Log, Muon, adamw, denoising_loss, fit
 from .codecs import Codec, Encoded, latent_shape
 from .conditioning import SDA, Conditioned, ScoreAug, SizeWeighted, modes, network
 
@@ -54,6 +54,8 @@ class Recipe:
     sampler:Callable = sample_dpmpp2m # (denoiser, x_T, grid, generator=...) -> sample
     grid:Callable = partial(grid_edm, smin=.01) # (schedule, questions) -> falling times
     nfe:int = 20 # questions
+    guide:float = 1. # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
+    early:float = .2 # share of the steps after which the average is kept to be guided against
 
 # %% ../nbs/21_recipes.ipynb #207bdaff
 recipes = {}
@@ -108,6 +110,9 @@ def loss_weight(r:Recipe, # of which
     one, each = w_edm(D.sd_in), w_edm(D.sd)
     return lambda lam: (one(lam)*each(lam)).sqrt()
 
+# %% ../nbs/21_recipes.ipynb #93906a7f
+add(replace(recipes['small-spectral'], name='small-guided', source='report 10: the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2., early=.2))
+
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
 add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97", partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13),
            48_617_731, edm, 'F', batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), warmup=19_531, ema=.9993, bf16=True,
@@ -158,19 +163,20 @@ def train(r:Recipe, # what to train
           run:Run=None, # whose log and checkpoints; None: neither
           callbacks=(), # more of them
           device='cpu' # where
-         ) -> SimpleNamespace: # model (the average), online, batches, log, state
+         ) -> SimpleNamespace: # model (the average), guided (what to draw from), online, batches, log, state
     "Train a recipe; with a run, the same call goes on where a killed one stopped"
     torch.manual_seed(seed)
     gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     x = to_field(data.train[:5000]); D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
-    ema, log, batches = EMA(r.ema), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
+    ema, log, batches = EMA(r.ema), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip); early = [Early(ema, r.early)]*(r.guide != 1)
     keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', config=dict(recipe=r.name, seed=seed))] if run else []
-    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *keep, *callbacks], opt=r.opt)
-    return SimpleNamespace(model=ema.model, online=D, batches=batches, log=log, state=state)
+    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt)
+    guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
+    return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
 # %% ../nbs/21_recipes.ipynb #dba934d2
 def draw(r:Recipe, # for its sampler
-         model, # a denoiser
+         model, # a denoiser; a `Guided` one asks two networks per step, and makes half the steps
          n:int, # images
          shape:tuple, # of one, (C, H, W)
          seed:int=0, # of the noise
@@ -179,7 +185,7 @@ def draw(r:Recipe, # for its sampler
         ) -> Tensor: # (n, C, H, W), in [-1, 1]
     "Images from a trained recipe"
     g = torch.Generator().manual_seed(1000*seed + 10)
-    grid, dev = r.grid(model.schedule, nfe or r.nfe), next(model.parameters()).device
+    grid, dev = r.grid(model.schedule, (nfe or r.nfe)//(1 + isinstance(model, Guided))), next(model.parameters()).device
     z = model.schedule.prior((n, *shape), g, grid[0])
     with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
         return torch.cat([r.sampler(model, b.to(dev), grid, generator=g).x.clamp(-1, 1).cpu() for b in progress(z.split(batch), desc='sample')])

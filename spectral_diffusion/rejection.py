@@ -13,6 +13,7 @@ from copy import deepcopy
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .runs import progress
+from .fourier import noise_like
 from .schedules import draw_t
 from .denoisers import bottleneck
 from .samplers import Sample
@@ -33,8 +34,6 @@ def logp(mixture, # a `Mixture`: centres, std, weights and schedule
     return (mixture.logw - quad/2).logsumexp(1) - (2*math.pi*v).log().sum(1)/2
 
 # %% ../nbs/19_rejection.ipynb #f318bdbc
-def _randn(X, generator): return torch.randn(X.shape, generator=generator, device=X.device, dtype=X.dtype)
-
 def down(schedule, # its alpha and sigma
          x:Tensor, # x_t, (B, C, *S)
          x0:Tensor, # the denoiser's answer there
@@ -46,7 +45,7 @@ def down(schedule, # its alpha and sigma
     "A step of `sample_ddim` at times of each item's own"
     (a,b), (a_,b_), X, X0 = schedule.coeffs(t, x), schedule.coeffs(s, x), schedule.to(x), schedule.to(x0)
     new = eta*b_*(1 - (a*b_/(a_*b))**2).clamp(min=0).sqrt()
-    return schedule.back(a_*X0 + (b_**2 - new**2).sqrt()*(X - a*X0)/b + new*_randn(X, generator))
+    return schedule.back(a_*X0 + (b_**2 - new**2).sqrt()*(X - a*X0)/b + new*noise_like(X, generator))
 
 # %% ../nbs/19_rejection.ipynb #be29c598
 def up(schedule, # its alpha and sigma
@@ -57,7 +56,7 @@ def up(schedule, # its alpha and sigma
       ) -> Tensor: # x_t
     "The forward process from s to t: adds just the noise that is missing"
     (a,b), (a_,b_), X = schedule.coeffs(t, x), schedule.coeffs(s, x), schedule.to(x)
-    return schedule.back(a/a_*X + (b**2 - (a/a_*b_)**2).clamp(min=0).sqrt()*_randn(X, generator))
+    return schedule.back(a/a_*X + (b**2 - (a/a_*b_)**2).clamp(min=0).sqrt()*noise_like(X, generator))
 
 # %% ../nbs/19_rejection.ipynb #aefcaa32
 def judge(denoiser, # D(x_t, t) -> x0_hat
@@ -160,7 +159,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         y0, ly = judge(denoiser, log_ratio, y[todo], grid[i]); ly = ly.double(); asked += len(todo)
         if not ly.isfinite().all(): raise ValueError(f'log_ratio is not finite for {int((~ly.isfinite()).sum())} of {len(ly)} items: it has to answer a finite log density ratio')
         if callback: callback(asked/B, grid[i], y[todo], y0)
-        ok = ly - torch.where(fresh[todo], level[i], l[todo] + step[i]) >= torch.rand(len(todo), generator=generator, device=dev).log()
+        ok = ly - torch.where(fresh[todo], level[i], l[todo] + step[i]) >= torch.rand(len(todo), generator=generator, device=generator.device if generator else dev).to(dev).log()
         if mode == 'light': ok |= i > 0
         tried += i.bincount(minlength=N); accepted += i[ok].bincount(minlength=N)
         k = todo[ok]; x[k], x0[k], l[k] = y[k], y0[ok], ly[ok]
@@ -206,7 +205,7 @@ def head_scores(log_ratio, # function (x_t, t) -> (B,), or a `RatioHead`
     "How well real and generated fields are told apart, both kinds counting the same"
     def logit(x):
         x = x.repeat(draws, *[1]*(x.ndim-1)); t = draw_t(denoiser.schedule, len(x), density, generator)
-        return judge(denoiser, log_ratio, denoiser.schedule.corrupt(x, torch.randn(x.shape, generator=generator).to(x), t), t)[1].float().cpu()
+        return judge(denoiser, log_ratio, denoiser.schedule.corrupt(x, noise_like(x, generator), t), t)[1].float().cpu()
     signed = [logit(real), -logit(fake)]
     stat = lambda f, name: bootstrap(lambda a, b: (a.mean() + b.mean())/2, *(f(s).view(draws, -1).mean(0) for s in signed), n=400, name=name, generator=generator)
     return stat(lambda s: (s > 0).float() + (s == 0)/2, 'accuracy'), stat(lambda s: F.softplus(-s), 'log-loss')
@@ -274,7 +273,7 @@ def head_step(head, denoiser, real, fake, batch, density, opt, generator):
     "One step of logistic regression on a balanced, noised batch"
     pick = lambda x: x[torch.randint(len(x), (batch,), generator=generator)]
     x0, t = torch.cat([pick(real), pick(fake)]), draw_t(denoiser.schedule, 2*batch, density, generator)
-    with torch.no_grad(): xt = denoiser.schedule.corrupt(x0, torch.randn(x0.shape, generator=generator).to(x0), t)
+    with torch.no_grad(): xt = denoiser.schedule.corrupt(x0, noise_like(x0, generator), t)
     logit = judge(denoiser, head, xt, t)[1]
     loss = F.binary_cross_entropy_with_logits(logit, (torch.arange(2*batch, device=logit.device) < batch).to(logit))
     opt.zero_grad(); loss.backward(); opt.step()

@@ -17,7 +17,7 @@ from contextlib import closing
 from functools import partial
 from numpy.polynomial.legendre import leggauss
 from .runs import progress
-from .fourier import hartley, freqs
+from .fourier import hartley, freqs, noise_like
 from .schedules import Schedule, target_row, grid_logsnr, _d
 
 # %% ../nbs/06_samplers.ipynb #7ff5a1d9
@@ -53,7 +53,6 @@ def check_grid(grid # times
 # %% ../nbs/06_samplers.ipynb #3bbe47ae
 def _coeffs(schedule, t, x): return schedule.coeffs(t, torch.empty((1,)*x.ndim, dtype=torch.float64))
 def _rows(c, x): return c.flatten().tolist() if c.numel() == len(c) else c.to(x).unbind()
-def _randn(x, generator): return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 def _lin(*terms):
     "Sum of c*x over pairs (c, x); c a number or gains per frequency"
@@ -77,7 +76,7 @@ def _march(plan, denoiser, x_T, grid, generator, callback, jump):
         if mix: G = _lin((mix[0][i], G), (mix[1][i], X))
         seen = [G] + seen[:len(ws)-1]
         X = _lin((keep[i], X), *((w[i], g) for w,g in zip(ws, seen)))
-        if up: X = _lin((1., X), (up[i], _randn(X, generator)))
+        if up: X = _lin((1., X), (up[i], noise_like(X, generator)))
 
 # %% ../nbs/06_samplers.ipynb #d3accdcf
 def _renew(a, b, eta):
@@ -325,7 +324,7 @@ def renoise(schedule:Schedule, # of the field
     "The forward process from t to s: x_s = a x_t + sqrt(sigma_s^2 - a^2 sigma_t^2) z, with a = alpha_s/alpha_t"
     X = schedule.to(x)
     (a,), (b,) = (_rows(c, X) for c in _lift(schedule, t, s, X))
-    return schedule.back(_lin((a, X), (b, _randn(X, generator))))
+    return schedule.back(_lin((a, X), (b, noise_like(X, generator))))
 
 # %% ../nbs/06_samplers.ipynb #6daf25c6
 @torch.no_grad()
@@ -348,7 +347,7 @@ def sample_edm(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     up = sch.t_of(-2*(r*(1 + min(churn/len(grid), 2**.5-1))).log()).clamp(max=1.)
     up = torch.where((lo <= r) & (r <= hi) & (up > t), up, t)
     (a, b), go = (_rows(c, X) for c in _lift(sch, t, up, X)), (up > t).tolist()
-    lift = lambda i, X: _lin((a[i], X), (b[i]*boost, _randn(X, generator))) if go[i] else X
+    lift = lambda i, X: _lin((a[i], X), (b[i]*boost, noise_like(X, generator))) if go[i] else X
     return _rk(ask, X, grid, up, 'heun2', k, jump, lift)
 
 # %% ../nbs/06_samplers.ipynb #9e1fc996

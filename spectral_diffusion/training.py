@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['denoising_loss', 'lr_scale', 'adamw', 'Stop', 'call', 'rng_state', 'set_rng_state', 'TrainState', 'tell', 'share',
-           'mean_over', 'spread', 'next_batch', 'grad_norm', 'divide', 'fit', 'keep_memory', 'EMA', 'Log', 'LiveLoss',
-           'Checkpoints']
+           'mean_over', 'spread', 'next_batch', 'grad_norm', 'divide', 'fit', 'keep_memory', 'polar', 'Muon', 'EMA',
+           'Early', 'Log', 'LiveLoss', 'Checkpoints']
 
 # %% ../nbs/15_training.ipynb #5664365c
 import ctypes, math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
+from copy import deepcopy
 from IPython.display import display
 from fastcore.basics import patch
 from types import SimpleNamespace
@@ -235,6 +236,49 @@ def keep_memory() -> bool: # could it be asked? Only glibc can
     trim, mmap = -1, -3                                              # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     return hasattr(libc, 'mallopt') and bool(libc.mallopt(trim, 2**31-1) and libc.mallopt(mmap, 2**25))
 
+# %% ../nbs/15_training.ipynb #9e55d261
+def polar(G:Tensor, # matrices, (..., m, n)
+          rounds:int=5 # of the polynomial
+         ) -> Tensor: # the same singular vectors; singular values of about .7 to 1.2
+    "Nearly the polar factor of each matrix (Jordan et al. 2024), by a polynomial of its Gram matrix"
+    if G.shape[-2] > G.shape[-1]: return polar(G.mT, rounds).mT
+    X = G/(torch.linalg.matrix_norm(G, keepdim=True) + 1e-12)
+    A = X @ X.mT; I = torch.eye(A.shape[-1]).to(A); Q = I
+    for _ in range(rounds):
+        P = 3.4445*I - 4.7750*A + 2.0315*(A @ A)
+        Q, A = P @ Q, P @ A @ P
+    return Q @ X
+
+# %% ../nbs/15_training.ipynb #70f6232a
+class Muon(torch.optim.AdamW):
+    "Equal steps in all directions of a matrix, AdamW for everything else (Jordan et al. 2024)"
+    def __init__(self,
+        params, # parameters, one group
+        lr:float=.02, # learning rate of matrices
+        momentum:float=.95, # share of the old direction
+        rest:float=.1, # learning rate of AdamW, in units of lr
+        least:int=16 # rows and columns from which on a parameter is a matrix
+    ):
+        super().__init__(params, lr, betas=(.9, .99), weight_decay=0., fused=True)
+        if len(self.param_groups) > 1: raise ValueError(f'Muon has one learning rate for all: pass one group of parameters, not {len(self.param_groups)}')
+        self.momentum,self.rest,self.least = momentum,rest,least
+
+    def _matrices(self): return [p for p in self.param_groups[0]['params'] if p.grad is not None and p.ndim > 1 and min(p.flatten(1).shape) >= self.least]
+    @torch.no_grad()
+    def step(self, closure=None):
+        g, ps = self.param_groups[0], self._matrices(); lr, grads = g['lr'], [p.grad for p in ps]
+        for p in ps: p.grad = None                                   # AdamW does not see them
+        g['lr'] = lr*self.rest; super().step(); g['lr'] = lr
+        for p, d in zip(ps, grads): p.grad = d
+        if not ps: return
+        for p in ps: self.state[p] = self.state[p] or dict(step=torch.zeros(()), momentum=torch.zeros_like(p)); self.state[p]['step'] += 1
+        old = [self.state[p]['momentum'] for p in ps]
+        torch._foreach_lerp_(old, grads, 1 - self.momentum)
+        ahead = [d.flatten(1) for d in torch._foreach_lerp(grads, old, self.momentum)]
+        for m,n in {d.shape for d in ahead}:
+            same = [i for i,d in enumerate(ahead) if d.shape == (m, n)]
+            for i, o in zip(same, polar(torch.stack([ahead[i] for i in same]))): ps[i].sub_(o.view_as(ps[i]), alpha=lr*max(1, m/n)**.5)
+
 # %% ../nbs/15_training.ipynb #f61476fd
 class EMA:
     "Exponential moving average of the weights, with warm-up; `ema.model` is a denoiser like any other"
@@ -256,6 +300,21 @@ class EMA:
     def state_dict(self): return dict(self.averaged.state_dict())
     def load_state_dict(self, state): self.averaged.load_state_dict(state)
 
+# %% ../nbs/15_training.ipynb #70eab981
+class Early:
+    "Keep the average as it was after a share of the steps; put it behind the EMA"
+    def __init__(self,
+        ema:EMA, # whose average
+        share:float=.2 # of the steps, 0 to 1
+    ):
+        if not 0 < share < 1: raise ValueError(f'share={share} must lie between 0 and 1: it is a part of the steps')
+        self.ema,self.share = ema,share
+    def before(self, s): self.model = deepcopy(self.ema.model)
+    def after_step(self, s):
+        if s.step == max(1, round(self.share*s.steps)): self.model.load_state_dict(self.ema.model.state_dict())
+    def state_dict(self): return dict(self.model.state_dict())
+    def load_state_dict(self, state): self.model.load_state_dict(state)
+
 # %% ../nbs/15_training.ipynb #4430bf27
 class Log:
     "Keep the loss, and write a line to the run's log every few steps"
@@ -268,7 +327,7 @@ class Log:
         if self.run and s.main and (s.step % self.every == 0 or s.step == s.steps):
             loss = torch.stack(self.losses[-self.every:]).mean().item()
             tell(self.run, 'train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(), items_per_s=s.items/(time.time()-s.t0))
-    def curve(self): return torch.stack(self.losses).cpu()
+    def curve(self): return torch.stack([l.to(self.losses[-1].device) for l in self.losses]).cpu()
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
     def load_state_dict(self, state): self.losses = [*state['losses']]
 

@@ -35,7 +35,7 @@ def exact_error(f, sch, n, std, monkeypatch, jump=True, draws=400):
     def unit(X, generator):
         z = torch.zeros_like(X); z[next(draw)] = 1
         return z
-    monkeypatch.setattr(S, '_randn', unit)
+    monkeypatch.setattr(S, 'noise_like', unit)
     out = sch.to(f(Gaussian(sch, std**2), sch.back(start), g, jump=jump).x).square().sum(0).sqrt()
     want = std if jump else (a_**2*std**2 + b_**2).sqrt()
     return (out/want - 1).abs().max().item(), (b_/a_/std).square().max().item()/2
@@ -92,7 +92,7 @@ def strided(step):
             x0 = D(x, t)
             (a, b), (a_, b_) = (D.schedule.coeffs(u, x) for u in (t, step(t, s)))
             keep, up = S._renew(torch.cat([a, a_]), torch.cat([b, b_]), 1.)
-            x = (a_ - keep*a)*x0 + keep*x + up*S._randn(x, generator)
+            x = (a_ - keep*a)*x0 + keep*x + up*S.noise_like(x, generator)
         return Sample(D(x, grid[-1]), len(grid))
     return f
 
@@ -102,7 +102,7 @@ def one_step_beta(D, x, grid, generator=None, K=1000):
         abar, abar_ = D.schedule.alpha(t)**2, D.schedule.alpha(s)**2
         beta, x0 = 1 - abar/D.schedule.alpha(max(t - 1/K, 0.))**2, D(x, t)
         mean = (abar_.sqrt()*beta*x0 + (1-beta).sqrt()*(1-abar_)*x)/(1-abar)
-        x = (mean + (beta*(1-abar_)/(1-abar)).sqrt()*S._randn(x, generator)).float()
+        x = (mean + (beta*(1-abar_)/(1-abar)).sqrt()*S.noise_like(x, generator)).float()
     return Sample(D(x, grid[-1]), len(grid))
 
 @pytest.mark.parametrize('std', stds)
