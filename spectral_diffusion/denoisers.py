@@ -159,7 +159,7 @@ class Guided(nn.Module):
     def __init__(self,
         denoiser, # D(x_t, t, cond) -> x0_hat; with cond None it is told nothing
         cond=None, # condition of the batch, as the denoiser takes it
-        scale:float=1., # w: 0 ignores the condition, 1 passes it on, more exaggerates
+        scale:float=1., # w: 0 is the other's answer (told nothing, or worse), 1 its own, more exaggerates
         interval:tuple=(-math.inf, math.inf), # log-SNR, lowest and highest, between which w is used; elsewhere it is 1
         against=None # a worse denoiser, told the same; None: the same denoiser, told nothing
     ):
@@ -172,4 +172,5 @@ class Guided(nn.Module):
         given, lam = self.denoiser(x, t, cond), self.schedule.logsnr(_d(t))
         w = torch.where((lam >= self.interval[0]) & (lam <= self.interval[1]), self.scale, 1.).to(x)
         if (w == 1).all(): return given
-        return torch.lerp(self.against(x, t, cond) if self.against else self.denoiser(x, t), given, w.view(-1, *[1]*(x.ndim-1)))
+        if cond is None and self.against is None: raise ValueError(f'scale={self.scale} and nothing to exaggerate: pass cond or against')
+        return torch.lerp(self.denoiser(x, t) if self.against is None else self.against(x, t, cond), given, w.view(-1, *[1]*(x.ndim-1)))

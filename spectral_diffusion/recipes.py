@@ -111,7 +111,7 @@ def loss_weight(r:Recipe, # of which
     return lambda lam: (one(lam)*each(lam)).sqrt()
 
 # %% ../nbs/21_recipes.ipynb #93906a7f
-add(replace(recipes['small-spectral'], name='small-guided', source='report 10: the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5, early=.2))
+add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5, early=.2))
 
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
 add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97", partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13),
@@ -176,7 +176,7 @@ def train(r:Recipe, # what to train
 
 # %% ../nbs/21_recipes.ipynb #dba934d2
 def draw(r:Recipe, # for its sampler
-         model, # a denoiser; a `Guided` one asks two networks per step, and makes half the steps
+         model, # a denoiser; `train(...).guided` asks two networks per step, and makes half the steps
          n:int, # images
          shape:tuple, # of one, (C, H, W)
          seed:int=0, # of the noise
@@ -184,8 +184,11 @@ def draw(r:Recipe, # for its sampler
          batch:int=128 # images at a time
         ) -> Tensor: # (n, C, H, W), in [-1, 1]
     "Images from a trained recipe"
+    guided = isinstance(model, Guided)
+    if guided and model.against is None: raise ValueError('draw makes images in parts and cannot share a condition out: ask the sampler itself')
+    if r.guide != 1 and not guided: raise ValueError(f"recipe '{r.name}' is guided: draw from `train(...).guided`, or from the average with replace(r, guide=1.)")
     g = torch.Generator().manual_seed(1000*seed + 10)
-    grid, dev = r.grid(model.schedule, (nfe or r.nfe)//(1 + isinstance(model, Guided))), next(model.parameters()).device
+    grid, dev = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + guided))), next(model.parameters()).device
     z = model.schedule.prior((n, *shape), g, grid[0])
     with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
         return torch.cat([r.sampler(model, b.to(dev), grid, generator=g).x.clamp(-1, 1).cpu() for b in progress(z.split(batch), desc='sample')])

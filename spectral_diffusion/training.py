@@ -239,7 +239,7 @@ def keep_memory() -> bool: # could it be asked? Only glibc can
 # %% ../nbs/15_training.ipynb #9e55d261
 def polar(G:Tensor, # matrices, (..., m, n)
           rounds:int=5 # of the polynomial
-         ) -> Tensor: # the same singular vectors; singular values of about .7 to 1.2
+         ) -> Tensor: # the same singular vectors; those values above a hundredth of the norm become about .7 to 1.2
     "Nearly the polar factor of each matrix (Jordan et al. 2024), by a polynomial of its Gram matrix"
     if G.shape[-2] > G.shape[-1]: return polar(G.mT, rounds).mT
     X = G/(torch.linalg.matrix_norm(G, keepdim=True) + 1e-12)
@@ -254,7 +254,7 @@ class Muon(torch.optim.AdamW):
     "Equal steps in all directions of a matrix, AdamW for everything else (Jordan et al. 2024)"
     def __init__(self,
         params, # parameters, one group
-        lr:float=.02, # learning rate of matrices
+        lr:float=.02, # learning rate of matrices; `fit` passes its own, which is meant for AdamW: give it
         momentum:float=.95, # share of the old direction
         rest:float=.1, # learning rate of AdamW, in units of lr
         least:int=16 # rows and columns from which on a parameter is a matrix
@@ -266,11 +266,12 @@ class Muon(torch.optim.AdamW):
     def _matrices(self): return [p for p in self.param_groups[0]['params'] if p.grad is not None and p.ndim > 1 and min(p.flatten(1).shape) >= self.least]
     @torch.no_grad()
     def step(self, closure=None):
+        with torch.enable_grad(): loss = closure() if closure else None
         g, ps = self.param_groups[0], self._matrices(); lr, grads = g['lr'], [p.grad for p in ps]
         for p in ps: p.grad = None                                   # AdamW does not see them
         g['lr'] = lr*self.rest; super().step(); g['lr'] = lr
         for p, d in zip(ps, grads): p.grad = d
-        if not ps: return
+        if not ps: return loss
         for p in ps: self.state[p] = self.state[p] or dict(step=torch.zeros(()), momentum=torch.zeros_like(p)); self.state[p]['step'] += 1
         old = [self.state[p]['momentum'] for p in ps]
         torch._foreach_lerp_(old, grads, 1 - self.momentum)
@@ -278,6 +279,7 @@ class Muon(torch.optim.AdamW):
         for m,n in {d.shape for d in ahead}:
             same = [i for i,d in enumerate(ahead) if d.shape == (m, n)]
             for i, o in zip(same, polar(torch.stack([ahead[i] for i in same]))): ps[i].sub_(o.view_as(ps[i]), alpha=lr*max(1, m/n)**.5)
+        return loss
 
 # %% ../nbs/15_training.ipynb #f61476fd
 class EMA:
@@ -309,9 +311,11 @@ class Early:
     ):
         if not 0 < share < 1: raise ValueError(f'share={share} must lie between 0 and 1: it is a part of the steps')
         self.ema,self.share = ema,share
-    def before(self, s): self.model = deepcopy(self.ema.model)
+    def before(self, s): self.model, self.at = deepcopy(self.ema.model), max(1, round(self.share*s.steps))
     def after_step(self, s):
-        if s.step == max(1, round(self.share*s.steps)): self.model.load_state_dict(self.ema.model.state_dict())
+        if s.step == self.at: self.model.load_state_dict(self.ema.model.state_dict())
+    def after(self, s):
+        if s.step < self.at: raise RuntimeError(f'training ended at step {s.step}, before step {self.at} at which the early average is kept: lower share={self.share}')
     def state_dict(self): return dict(self.model.state_dict())
     def load_state_dict(self, state): self.model.load_state_dict(state)
 
@@ -325,9 +329,9 @@ class Log:
     def after_step(self, s):
         self.losses.append(s.loss)
         if self.run and s.main and (s.step % self.every == 0 or s.step == s.steps):
-            loss = torch.stack(self.losses[-self.every:]).mean().item()
+            loss = self.curve(self.every).mean().item()
             tell(self.run, 'train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(), items_per_s=s.items/(time.time()-s.t0))
-    def curve(self): return torch.stack([l.to(self.losses[-1].device) for l in self.losses]).cpu()
+    def curve(self, last:int=0): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()     # of so many last steps; 0: all
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
     def load_state_dict(self, state): self.losses = [*state['losses']]
 

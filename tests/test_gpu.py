@@ -1,21 +1,24 @@
 "On a GPU: the same answers, the same training and the same samples as on the processor (skipped where there is none)."
-import copy, math
+import copy
+from dataclasses import replace
 from functools import partial
 import pytest, torch
 from spectral_diffusion.benchmarks import peak_mem
 from spectral_diffusion.codecs import DCT, Haar, SpaceToDepth
-from spectral_diffusion.conditioning import ControlNet, modes, network
+from spectral_diffusion.conditioning import modes, network
 from spectral_diffusion.data import Batches, digits, to_field
-from spectral_diffusion.denoisers import Denoiser, Gaussian
+from spectral_diffusion.denoisers import Denoiser, Guided
 from spectral_diffusion.diagnostics import error_map, local_grid, triage
-from spectral_diffusion.fourier import Noise, power_law, psd_of
+from spectral_diffusion.fourier import power_law, psd_of
 from spectral_diffusion.guards import budget, guards
 from spectral_diffusion.metrics import efflite0, features
 from spectral_diffusion.mixing import (AFNO, BasisMixer, FNet, FourierConv, GlobalFilter, SelfAttention, SmoothAct, SpectralMixer, WindowAttention)
+from spectral_diffusion.recipes import draw, recipe, train
 from spectral_diffusion.rejection import RatioHead, fit_head, sample_diffrs
+from spectral_diffusion.runs import Run
 from spectral_diffusion.samplers import sample_dpmpp2m, samplers
 from spectral_diffusion.schedules import coloured, cosine, edm, flow, grid_edm
-from spectral_diffusion.training import EMA, Checkpoints, Log, fit
+from spectral_diffusion.training import EMA, Checkpoints, Early, Log, Muon, adamw, fit
 from spectral_diffusion.transformers import DiT
 from spectral_diffusion.unets import UNet
 from spectral_diffusion.volumes import CaseBatches, Cases
@@ -64,7 +67,8 @@ def test_denoisers(sch, target):
     "Every target on every path, in units of frequencies too"
     for sd in (.5, power_law((8, 8), 1.).sqrt()) if sch.name == 'coloured' or 'coloured' in sch.name else (.5,):
         D = Denoiser(shake(UNet(2, 3, 16, (1,), 1)), sch, target, sd); x, t = torch.randn(2, 3, 8, 8, generator=gen()), torch.tensor([.3, .8]).double()
-        assert near(copy.deepcopy(D).to(dev)(x.to(dev), t.to(dev)), D(x, t), 1e-4)
+        G = copy.deepcopy(D).to(dev); assert near(G(x.to(dev), t.to(dev)), D(x, t), 1e-4)
+        assert near(Guided(G, scale=2., against=copy.deepcopy(G))(x.to(dev), t.to(dev)), D(x, t), 1e-4)
 
 @pytest.mark.parametrize('name', samplers)
 def test_samplers(name):
@@ -74,22 +78,23 @@ def test_samplers(name):
     with torch.no_grad(): y, z = (samplers[name](m, x.to(d), grid, generator=gen(2)).x for m, d in ((D, 'cpu'), (copy.deepcopy(D).to(dev), dev)))
     assert z.device.type == dev and near(z, y, 1e-3)
 
-def run(d, folder=None, steps=12, bf16=False, stop=0, colour=False):
+def run(d, folder=None, steps=12, bf16=False, stop=0, colour=False, opt=adamw):
     "A short training with everything on; its losses and last weights"
-    torch.manual_seed(0); data = digits(); log, ema = Log(), EMA(.9)
+    torch.manual_seed(0); data = digits(); log, ema = Log(Run(), 4), EMA(.9); early = Early(ema, .3)
     psd = psd_of(to_field(data.train)).clamp(min=1e-6); D = Denoiser(UNet(2, 1, 16, (1, 2), 1), coloured(cosine(), torch.ones_like(psd)) if colour else cosine(), 'v', psd.sqrt() if colour else .5).to(d)
     class Halt:
         def after_step(self, s):
             if s.step == stop: raise KeyboardInterrupt
-    cbs = [ema, log, *([Checkpoints(folder, 3)] if folder else []), Halt(), *guards(to_field(data.test[:16]).to(d))]
-    try: fit(D, Batches(data.train, 16, gen(1), flip=True), steps, generator=gen(2), bf16=bf16, callbacks=cbs)
+    cbs = [ema, log, early, *([Checkpoints(folder, 3)] if folder else []), Halt(), *guards(to_field(data.test[:16]).to(d))]
+    try: fit(D, Batches(data.train, 16, gen(1), flip=True), steps, generator=gen(2), bf16=bf16, callbacks=cbs, opt=opt, lr=.02 if opt is Muon else 1e-3)
     except KeyboardInterrupt: return
-    return log.curve(), torch.cat([p.detach().float().cpu().flatten() for p in (*D.parameters(), *ema.model.parameters())])
+    return log.curve(), torch.cat([p.detach().float().cpu().flatten() for p in (*D.parameters(), *ema.model.parameters(), *early.model.parameters())])
 
+@pytest.mark.parametrize('opt', [adamw, Muon])
 @pytest.mark.parametrize('colour', [False, True])
-def test_training(colour):
-    "The loss of a dozen steps, with average and guards, in pixels and in units of frequencies"
-    (a, wa), (b, wb) = run('cpu', colour=colour), run(dev, colour=colour)
+def test_training(colour, opt):
+    "The loss of a dozen steps, with averages and guards, in pixels and in units of frequencies"
+    (a, wa), (b, wb) = run('cpu', colour=colour, opt=opt), run(dev, colour=colour, opt=opt)
     assert near(b, a, 5e-3) and near(wb, wa, 5e-3)
 
 def test_bf16():
@@ -97,11 +102,12 @@ def test_bf16():
     (a, _), (b, _) = run(dev), run(dev, bf16=True)
     assert b.isfinite().all() and near(b, a, .05)
 
-def test_resume(tmp_path):
-    "A run that was stopped goes on to the same bits"
-    want = run(dev, tmp_path/'a'); assert run(dev, tmp_path/'b', stop=7) is None
-    got = run(dev, tmp_path/'b')
-    assert torch.equal(got[1], want[1])
+@pytest.mark.parametrize('opt', [adamw, Muon])
+def test_resume(opt, tmp_path):
+    "A run that was stopped goes on to the same bits, with a log that writes lines"
+    want = run(dev, tmp_path/'a', opt=opt); assert run(dev, tmp_path/'b', stop=7, opt=opt) is None
+    got = run(dev, tmp_path/'b', opt=opt)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 def test_budget():
     "What a step needs is foreseen: weights, moments and activations, within a third of the truth"
@@ -152,3 +158,9 @@ def test_rejection():
         torch.manual_seed(0); m = copy.deepcopy(D).to(d); h = RatioHead(2, 16, 16).to(d); fit_head(h, m, x.to(d), fake.to(d), 4, 8, every=2, generator=gen(1)); heads.append(torch.cat([p.detach().cpu().flatten() for p in h.parameters()]))
         out.append(sample_diffrs(m, lambda x, t: x.flatten(1).mean(1), D.schedule.prior((6, 1, 8, 8), gen(2), grid[0]).to(d), grid, generator=gen(3)).x)
     assert near(heads[1], heads[0], 5e-3) and out[1].device.type == dev and out[1].isfinite().all() and near(out[1], out[0], 1e-3)
+
+def test_recipes():
+    "A guided recipe in units of frequencies is trained and drawn from"
+    r = replace(recipe('small-guided'), net=lambda channels, schedule: UNet(2, channels, 16, (1, 2), 1), steps=10, batch=16)
+    x, y = (draw(r, train(r, digits(), device=d).guided, 4, (1, 8, 8), nfe=6) for d in ('cpu', dev))
+    assert near(y, x, 2e-2)
