@@ -298,7 +298,7 @@ def saved_bytes(denoiser:Denoiser, # on any device, the meta device too
 def budget(denoiser:Denoiser, # network on the device where it will be trained
            x0:Tensor, # a batch of fields on that device; only its shape matters
            cond=None, # its condition
-           ema:bool=True, # is there an average of the weights?
+           ema:int=1, # averages of the weights that are kept
            back:bool=True # is there a `Rollback`? Its copy lies in the host's memory
           ) -> dict: # part -> bytes
     "What training with AdamW needs"
@@ -356,7 +356,7 @@ class MemoryGuard:
     ): self.x0,self.cond,self.warn,self.every,self.warned = x0,cond,warn,every,set()
     def ready(self, s):
         dev, B = next(s.denoiser.parameters()).device, lambda v: si(v, 'B')
-        ema, back = any(hasattr(c, 'averaged') for c in s.callbacks), any(isinstance(c, Rollback) for c in s.callbacks)
+        ema, back = sum(hasattr(c, 'model') for c in s.callbacks), any(isinstance(c, Rollback) for c in s.callbacks)
         b = budget(s.denoiser, *(v if v is None else v.to(dev) for v in (self.x0, self.cond)), ema, back)
         there = ['weights', 'average'] + ['moments']*bool(s.opt.state)
         place_of = lambda part: 'device' if dev.type == 'cuda' and part != 'copy' else 'host'

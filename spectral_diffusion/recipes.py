@@ -111,7 +111,7 @@ def loss_weight(r:Recipe, # of which
     return lambda lam: (one(lam)*each(lam)).sqrt()
 
 # %% ../nbs/21_recipes.ipynb #93906a7f
-add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5, early=.2))
+add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5))
 
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
 add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97", partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13),

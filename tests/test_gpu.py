@@ -111,7 +111,7 @@ def test_resume(opt, tmp_path):
 
 def test_budget():
     "What a step needs is foreseen: weights, moments and activations, within a third of the truth"
-    D = Denoiser(UNet(2, 3, 64, (1, 2), 2), cosine(), 'v', .5).to(dev); x = torch.randn(32, 3, 32, 32, device=dev); b = budget(D, x, ema=False, back=False)
+    D = Denoiser(UNet(2, 3, 64, (1, 2), 2), cosine(), 'v', .5).to(dev); x = torch.randn(32, 3, 32, 32, device=dev); b = budget(D, x, ema=0, back=False)
     class One:
         def __iter__(self): return self
         def __next__(self): return x
