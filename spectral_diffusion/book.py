@@ -6,7 +6,7 @@
 __all__ = ['parts', 'key_figures', 'part_of', 'directives', 'visible', 'defined', 'page_name', 'retarget', 'Linker', 'head',
            'page', 'claims_html', 'goals', 'missed', 'verdict_of', 'saved', 'facts', 'card', 'gallery', 'report_page',
            'sidebar', 'stage', 'mathml', 'self_contained', 'render', 'Links', 'broken_links', 'find_browser', 'Served',
-           'problems', 'Browser', 'check_site', 'sdiff_site']
+           'problems', 'Browser', 'elsewhere', 'check_site', 'sdiff_site']
 
 # %% ../nbs/27_book.ipynb #de15ff6c
 import argparse, ast, html, re, shutil, subprocess, sys, threading
@@ -16,12 +16,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import nbformat, yaml
-from .runs import fmt, read_json
+from .runs import fmt, progress, read_json
 from .experiments import reports_dir
 
 # %% ../nbs/27_book.ipynb #d49793bb
 parts = {'Tools': (1, 2), 'Theory': (3, 4, 5, 6), 'Measuring': (7,), 'Data': (8, 9), 'Networks': (10, 11, 12, 13), 'Learning': (14, 15, 16, 17, 18, 19),
-         'Understanding': (20,), 'Reporting': (21, 22, 28), 'Your own': (23, 24, 25, 26), 'The book': (27,)}
+         'Understanding': (20,), 'Reporting': (21, 22), 'Your own': (23, 24, 25, 26), 'The book': (27,), 'Appendix': (28,)}
 
 def part_of(n # number of a chapter
            ) -> str:
@@ -144,7 +144,7 @@ def verdict_of(m # a metrics.json
               ) -> str:
     "The report's own word; without one, what became of its goals"
     own = m.metrics.get('verdict')
-    return goals(m.claims) if own in (None, '', 'measured') else own
+    return goals(m.claims) if own in (None, '', 'measured', 'goals missed') else own
 
 # %% ../nbs/27_book.ipynb #07889c6b
 key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'kl', '02_spectral_mixing': 'speed', '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
@@ -163,7 +163,7 @@ def facts(folder # reports/results/NAME
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
     nb = nbformat.read(folder/'report.ipynb', 4)
     key = key_figures.get(folder.name) or next((s for s in saved(nb) if (folder/'figures'/f'{s}.png').exists()), None)
-    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str(folder.absolute())], cwd=folder, capture_output=True, text=True).stdout.strip()
+    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'metrics.json').absolute())], cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb)
     return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed', claims=m.claims, figure=key and f'{key}.png')
 
@@ -224,7 +224,7 @@ def stage(root, # the checkout
     root, book = Path(root), Path(book)
     chapters, results = sorted((root/'nbs').glob('[0-9]*.ipynb')), sorted(f.parent for f in (root/'reports'/'results').glob('*/metrics.json'))
     shutil.rmtree(book, ignore_errors=True); (book/'reports').mkdir(parents=True)
-    for f in [*chapters, root/'nbs'/'index.ipynb']: nbformat.write(page(f), book/f'{page_name(f)}.ipynb')
+    for f in progress([*chapters, root/'nbs'/'index.ipynb'], desc='stage', after=2.): nbformat.write(page(f), book/f'{page_name(f)}.ipynb')
     for r in results:
         shutil.copytree(r/'figures', book/'reports'/r.name); shutil.copy(r/'metrics.json', book/'reports'/r.name)
         nbformat.write(report_page(r), book/'reports'/f'{r.name}.ipynb')
@@ -257,18 +257,19 @@ def self_contained(page # HTML
     return re.sub(r'<(?:link|script)\b[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?', '', page)
 
 # %% ../nbs/27_book.ipynb #8dbe47c8
+_fonts = re.compile(r'''@import\s*(?:url\(['"]?https?://fonts[^)]*\)|(['"])https?://fonts.*?\1)\s*;?''')
+
 def render(book, # from `stage`
            quarto=False # with Quarto instead of smalldocs?
           ) -> Path: # the site's folder
     "Make the site"
     book = Path(book); site = book/'_site'
-    if quarto:
-        subprocess.run(['quarto', 'render', str(book), '--no-execute'], check=True)
-        return site
-    from smalldocs.site import build
-    build(book, quiet=True)
-    for f in site.rglob('*.html'): f.write_text(self_contained(f.read_text()))
-    for f in site.rglob('*.css'): f.write_text(re.sub(r'@import url\(https://fonts[^)]*\);?', '', f.read_text()))
+    if quarto: subprocess.run(['quarto', 'render', str(book), '--no-execute'], check=True)
+    else:
+        from smalldocs.site import build
+        build(book, quiet=True)
+        for f in site.rglob('*.html'): f.write_text(self_contained(f.read_text()))
+    for f in site.rglob('*.css'): f.write_text(_fonts.sub('', f.read_text()))
     return site
 
 # %% ../nbs/27_book.ipynb #ee6eb170
@@ -352,14 +353,23 @@ class Browser:
         return self.chromium.new_context(permissions=['clipboard-read', 'clipboard-write']).new_page()
     def __exit__(self, *args): self.chromium.close(); self.pw.stop()
 
+# %% ../nbs/27_book.ipynb #e0a4c7d2
+_foreign = {'.css': r'@import[^;]*https?:[^;]*', '.html': r'<(?:script|img|iframe)[^>]*src="https?:[^"]*|<link[^>]*rel="stylesheet"[^>]*href="https?:[^"]*'}
+
+def elsewhere(site # folder with HTML
+             ) -> list: # 'file: what'
+    "What pages and styles would fetch from other places"
+    site = Path(site)
+    return [f'{f.relative_to(site)}: {m[0][:100]}' for k, p in _foreign.items() for f in sorted(site.rglob(f'*{k}')) for m in re.finditer(p, f.read_text())]
+
 # %% ../nbs/27_book.ipynb #fb0789c3
 def check_site(site, # folder with HTML
                shots=None # folder for pictures of each page; None: none
               ) -> list: # 'page: problem'
     "Open every page in a real browser; links are checked too"
-    site, bad = Path(site), [f'broken link in {b}' for b in broken_links(site)]
+    site, bad = Path(site), [f'broken link in {b}' for b in broken_links(site)] + [f'fetched from elsewhere: {b}' for b in elsewhere(site)]
     with Served(site) as url, Browser() as tab:
-        for f in sorted(site.rglob('*.html')):
+        for f in progress(sorted(site.rglob('*.html')), desc='check', after=2.):
             name = f.relative_to(site).as_posix()
             bad += [f'{name}: {p}' for p in problems(tab, url + name, shots=shots and Path(shots)/name[:-5].replace('/', '-'))]
     return bad

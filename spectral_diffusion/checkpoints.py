@@ -391,7 +391,7 @@ def kept(
     folder,      # where results are kept: a run's `checkpoints`
     desc='jobs', # one word for the bar
     workers=1,   # processes, Linux only; everything else runs one after the other
-    until=None,  # a time after which nothing new is begun
+    until=None,  # seconds since 1970, as time.time(); nothing new is begun after it; None: no limit
 ): # dict job -> result
     "The results of all jobs, computed where no file has them; `TimeoutError` if time was up before the last one began"
     f, run, todo = partial(_keep, compute=compute, folder=folder, until=until), Run.current, [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()]

@@ -42,7 +42,14 @@ class Maps(nn.Module):
 # %% ../nbs/17_conditioning.ipynb #eadc2d50
 class Counts(nn.Module):
     "How many of each size, (B, bins) -> (B, out): an embedding per size and count, and a perceptron; 0 at first"
-    def __init__(self, out, emb=32, hidden=None, layers=2, bins=7, most=10):
+    def __init__(self,
+        out, # size of the vector
+        emb=32, # features per size and count
+        hidden=None, # width of the perceptron; None: `out`
+        layers=2, # of the perceptron
+        bins=7, # sizes
+        most=10 # largest count; more are told as this many
+    ):
         super().__init__()
         wide = [bins*emb] + [hidden or out]*(layers-1)
         self.table,self.none,self.most = nn.Embedding(bins*(most+1), emb), nn.Parameter(torch.randn(bins*emb)), most

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_parameters', 'run_name', 'job_state', 'alive',
            'run_status', 'run_state', 'Taken', 'must_run', 'clear', 'create_once', 'last_attempt', 'attempt',
-           'inner_progress', 'live', 'LiveEngine', 'to_html', 'execute', 'RunFailed', 'failure', 'run_report',
-           'run_reports', 'grid_cells', 'sweep_cells', 'cell_row', 'time_left', 'summary', 'status_table', 'Board',
-           'work', 'LocalEngine', 'last_line', 'look', 'run_cells', 'Job', 'SlurmEngine', 'make_engine', 'sweep',
-           'list_reports', 'sdiff_run', 'sdiff_sweep', 'status_rows', 'sdiff_status', 'leaks', 'private_paths',
-           'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'readme', 'sdiff_readme',
+           'inner_progress', 'live', 'kernel_options', 'LiveEngine', 'to_html', 'execute', 'RunFailed', 'failure',
+           'run_report', 'run_reports', 'grid_cells', 'sweep_cells', 'cell_row', 'time_left', 'summary', 'status_table',
+           'Board', 'work', 'LocalEngine', 'last_line', 'look', 'run_cells', 'Job', 'SlurmEngine', 'make_engine',
+           'sweep', 'list_reports', 'sdiff_run', 'sdiff_sweep', 'status_rows', 'sdiff_status', 'leaks', 'private_paths',
+           'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'refresh', 'readme', 'sdiff_readme',
            'sdiff_promote', 'find_optimal_steps']
 
 # %% ../nbs/22_experiments.ipynb #d707c1d1
@@ -24,6 +24,7 @@ import nbformat, psutil, papermill as pm
 from fastcore.all import AttrDict, L, patch
 from nbconvert import HTMLExporter, MarkdownExporter
 from nbconvert.filters import strip_ansi
+from nbclient import NotebookClient
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -278,15 +279,20 @@ def live(
         if bar is not None: thread.join()
 
 # %% ../nbs/22_experiments.ipynb #17527e81
+def kernel_options(
+    folder, # for the kernel's sockets
+):
+    "Arguments of a notebook client: sockets that are files, where there are such, and a kernel that keeps quiet"
+    sockets = {} if os.name=='nt' else dict(transport='ipc', ip=f'{folder}/kernel')
+    return dict(config=Config(KernelManager=sockets), extra_arguments=['--log-level=50'])
+
 class LiveEngine(Engine):
     "papermill's notebook client with a live bar and a prepared kernel"
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, folder=None, start_timeout=60, **kw):
         env = {**os.environ, 'SDIFF_QUIET': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         with live(nb_man.pbar, folder), tempfile.TemporaryDirectory() as d:
-            sockets = {} if os.name=='nt' else dict(transport='ipc', ip=f'{d}/kernel')
-            return PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name,
-                                           config=Config(KernelManager=sockets), extra_arguments=['--log-level=50']).execute(env=env)
+            return PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name, **kernel_options(d)).execute(env=env)
 
 papermill_engines.register('live', LiveEngine)
 
@@ -924,6 +930,20 @@ def render_readme(
     text = relink(exporter.from_notebook_node(nb)[0], Path(index).parent.name)
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
 
+# %% ../nbs/22_experiments.ipynb #a3f1c07d
+def refresh(
+    index, # the front page's notebook
+):
+    "Run the cells of the front page that show results without their source, and keep what they show"
+    nb = nbformat.read(index, 4)
+    part = nbformat.v4.new_notebook(cells=[c for c in nb.cells if c.cell_type=='code' and re.search(r'^#\| *echo: *false', c.source, re.M)])
+    with tempfile.TemporaryDirectory() as d:
+        NotebookClient(part, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(index).parent))), **kernel_options(d)).execute()
+    with replacing(index) as t:
+        nbformat.write(nb, t)
+        t.write_text(clean_report(t))
+
+
 # %% ../nbs/22_experiments.ipynb #6eea4e1a
 def readme(
     root=None,   # checkout; None: the one of the reports
@@ -931,6 +951,7 @@ def readme(
 )->bool:         # whether README.md was up to date
     "Render `nbs/index.ipynb` to `README.md`"
     root = Path(root or reports_dir().parent)
+    if not check: refresh(root/'nbs'/'index.ipynb')
     text, file = render_readme(root/'nbs'/'index.ipynb'), root/'README.md'
     same = file.exists() and file.read_text()==text
     if not (same or check):

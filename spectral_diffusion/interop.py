@@ -75,7 +75,8 @@ def from_diffusers(net, # UNet2DModel, DiTTransformer2DModel, ...: (x_t, step, .
     "A diffusers model and its scheduler as our denoiser"
     sch, K = schedule_of(scheduler), scheduler.config.num_train_timesteps
     if sch.path is flow_path: return Wrapped(net, sch, 'u', ask_diffusers, lambda t: t*K)
-    return wrap(net, sch, predicts[scheduler.config.prediction_type], ask_diffusers, K)
+    if (kind := scheduler.config.prediction_type) not in predicts: raise ValueError(f"prediction_type '{kind}' is unknown: it can be {', '.join(predicts)}")
+    return wrap(net, sch, predicts[kind], ask_diffusers, K)
 
 # %% ../nbs/23_interop.ipynb #a454f2e5
 def table_of(schedule:Schedule, # variance preserving

@@ -611,6 +611,7 @@ def scorecard(
     generator=None,   # torch.Generator, for the noise
 )->list: # `Row`s
     "KID and Frechet distance of samples, beside floor and ceiling"
+    if fake.ndim != 4: raise ValueError(f'scorecard takes samples as images (N, C, H, W), got {tuple(fake.shape)}')
     n = min(len(fake), len(real))
     noise = torch.rand(fake[:n].shape, generator=generator)*2-1
     f = lambda x: x if x.ndim==2 else features(extractor, x)

@@ -53,7 +53,7 @@ class Recipe:
     bf16:bool = False # run the network in bfloat16
     sampler:Callable = sample_dpmpp2m # (denoiser, x_T, grid, generator=...) -> sample
     grid:Callable = partial(grid_edm, smin=.01) # (schedule, questions) -> falling times
-    nfe:int = 20 # questions
+    nfe:int = 20 # times of the grid: as many questions, with Heun's method 2 nfe - 1
     guide:float = 1. # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
     early:float = .2 # share of the steps after which the average is kept to be guided against
 
@@ -180,7 +180,7 @@ def draw(r:Recipe, # for its sampler
          n:int, # images
          shape:tuple, # of one, (C, H, W)
          seed:int=0, # of the noise
-         nfe:int=0, # questions; 0: as the recipe says
+         nfe:int=0, # times of the grid, as in the recipe; 0: as the recipe says
          batch:int=128 # images at a time
         ) -> Tensor: # (n, C, H, W), in [-1, 1]
     "Images from a trained recipe"
@@ -207,7 +207,7 @@ def flow_density(shift:float=1., # r: how many times stronger the noise, (numel 
 def resolution_shift(shape:tuple, # of the field that the network sees, (C, *S)
                      base:tuple=(1,128,128,160) # of the field whose clock is kept
                     ) -> float: # r of `flow_density`
-    "How many times stronger noise has to be for as many values: (numel/base numel)^(1/d)"
+    "The seed's shift for as many values: (numel/base numel)^(1/d); the square root by Esser et al.'s argument"
     return (math.prod(shape)/math.prod(base))**(1/(len(shape) - 1))
 
 # %% ../nbs/21_recipes.ipynb #05ff8257

@@ -192,6 +192,7 @@ def goal_met(
     "Whether `goal` holds at the interval's unfavourable end (or at `value` without one); None without a goal"
     if goal is None: return None
     sign, number = _goal(goal)
+    if math.isnan(float(value)): return False
     end = high if sign[0]=='<' else low
     return _ops[sign](float(value if end is None else end), number)
 

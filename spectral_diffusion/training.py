@@ -191,7 +191,7 @@ def fit(denoiser:Denoiser, # trained in place
         lr:float=1e-3, # peak learning rate
         density=None, # where to train: u -> log-SNR; None: uniform t
         weight=None, # log-SNR -> weight of a squared x0 error; None: plain error of the target
-        warmup:int=100, # steps of rising learning rate
+        warmup:int=100, # steps of rising learning rate; at most a fifth of `steps`
         clip:float=1., # largest gradient norm
         loss=denoising_loss, # (denoiser, x0, t, eps, cond, weight) -> (B,)
         bf16:bool=False, # run the network in bfloat16?

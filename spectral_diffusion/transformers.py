@@ -9,11 +9,10 @@ __all__ = ['dits', 'patchify', 'unpatchify', 'positions', 'QKNorm', 'DiTBlock', 
 import math, torch, torch.nn.functional as F
 from functools import lru_cache
 from torch import nn, Tensor
-from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from .embeddings import LogSNREmbedding, waves
 from .mixing import ChannelNorm, Pointwise, SelfAttention
-from .unets import UNet, modulate, zero
+from .unets import UNet, again, modulate, zero
 
 # %% ../nbs/13_transformers.ipynb #3532e068
 def patchify(
@@ -120,7 +119,7 @@ def forward(self:DiT,
     "Cut, talk, put together"
     e, h = self.embed(logsnr, cond), self.stem(patchify(x, self.patch))
     h = h + positions(tuple(h.shape[2:]), h.shape[1], self.span).to(h)
-    for block in self.blocks: h = checkpoint(block, h, e, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(h, e)
+    for block in self.blocks: h = again(self.recompute, block, h, e)
     return unpatchify(self.head(modulate(self.norm(h), self.ada(e))), self.patch)
 
 # %% ../nbs/13_transformers.ipynb #5763d7b9

@@ -626,24 +626,35 @@ class VolumeUNet(nn.Module):
         self.patch,self.recompute,self.layout = 1, recompute, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.to(memory_format=self.layout)
 
-    def embed(self, logsnr, cond=None):
-        e = self.mlp(self.time(logsnr))
-        if cond is not None and self.tell is None: raise ValueError('this network is unconditional: build it with tell=... to pass a condition')
-        return F.silu(e + self.tell(cond, len(e)) if self.tell else e)
+# %% ../nbs/12_unets.ipynb #c82e1d63
+@patch
+def embed(self:VolumeUNet,
+          logsnr:Tensor, # (B,)
+          cond=None # for the `tell` module; None: not told
+         ) -> Tensor: # (B, 4 widths[0]), after the activation that every block begins with
+    "The vector that tells every block what the noise level is, and what is asked for"
+    e = self.mlp(self.time(logsnr))
+    if cond is not None and self.tell is None: raise ValueError('this network is unconditional: build it with tell=... to pass a condition')
+    return F.silu(e + self.tell(cond, len(e)) if self.tell else e)
 
-    def go_down(self, x, e, more=0.):
-        skips = [h := self.stem(x.contiguous(memory_format=self.layout)) + more]
-        for block in self.down: skips.append(h := again(self.recompute, block, h, e))
-        return again(self.recompute, self.mid, h, e), skips
+@patch
+def go_down(self:VolumeUNet, x, e, more=0.):
+    "The bottleneck's features, and those that are handed across; `more` is added behind the stem (ControlNet, chapter 17)"
+    skips = [h := self.stem(x.contiguous(memory_format=self.layout)) + more]
+    for block in self.down: skips.append(h := again(self.recompute, block, h, e))
+    return again(self.recompute, self.mid, h, e), skips
 
-    def go_up(self, h, skips, e):
-        skips = [*skips]
-        for block in self.up: h = again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step) else again(self.recompute, joined, block, h, skips.pop(), e)
-        return again(self.recompute, self.head, h)
+@patch
+def go_up(self:VolumeUNet, h, skips, e):
+    "The answer, from the bottleneck's features and those that were handed across"
+    skips = [*skips]
+    for block in self.up: h = again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step) else again(self.recompute, joined, block, h, skips.pop(), e)
+    return again(self.recompute, self.head, h)
 
-    def forward(self, x, logsnr, cond=None):
-        e = self.embed(logsnr, cond)
-        return self.go_up(*self.go_down(x, e), e)
+@patch
+def forward(self:VolumeUNet, x, logsnr, cond=None):
+    e = self.embed(logsnr, cond)
+    return self.go_up(*self.go_down(x, e), e)
 
 # %% ../nbs/12_unets.ipynb #772731cf
 @torch.no_grad()

@@ -95,3 +95,11 @@ def test_full_size_is_built():
     with torch.device('meta'): net = UNet(2, **space['s']['net'])
     assert n_params(net) == 29_698_563
     assert net(torch.empty(2, 3, 32, 32, device='meta'), torch.empty(2, device='meta')).shape == (2, 3, 32, 32)
+
+def test_readme_shows_every_result():
+    "A promoted report that the front page does not name, or names with an old verdict (then: sdiff_readme)"
+    from spectral_diffusion.book import verdict_of
+    from spectral_diffusion.runs import read_json
+    text = (root/'README.md').read_text()
+    for f in (root/'reports'/'results').glob('*/metrics.json'):
+        assert f'(reports/results/{f.parent.name}/report.ipynb) | {verdict_of(read_json(f))} |' in text, f.parent.name
