@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np, torch, matplotlib.pyplot as plt, torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.utils import make_grid
 from .runs import progress
 from .fourier import hartley, power_law
 from .denoisers import Mixture
@@ -71,6 +70,7 @@ def grid(
     nrow:int=8, # images in a row
 )->Tensor: # (3, H', W') uint8, white lines between
     "Tile images into one"
+    from torchvision.utils import make_grid                      # takes seconds to load
     return make_grid(x if x.dtype == torch.uint8 else to_uint8(x), nrow=nrow, padding=1, pad_value=255).cpu()
 
 # %% ../nbs/08_data.ipynb #b45b4a5b

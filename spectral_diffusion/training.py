@@ -14,7 +14,6 @@ from IPython.display import display
 from fastcore.basics import patch
 from types import SimpleNamespace
 from torch import nn, Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel
 from .runs import Run, progress
 from .fourier import hartley, noise_like, same_size
@@ -109,9 +108,10 @@ def tell(run:Run, # whose log
 @patch
 def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
     "Everything that decides the steps to come"
-    net, opt = self._parts; whole = dict(options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    from torch.distributed.checkpoint import state_dict as dcp        # takes a second to load
+    net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
     where = dict(rng=rng_state(), generator=self.generator and self.generator.get_state(), data=self.data.state_dict() if hasattr(self.data, 'state_dict') else None)
-    return dict(model=get_model_state_dict(net, **whole), opt=get_optimizer_state_dict(net, opt, **whole) if opt.state else None, where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
+    return dict(model=dcp.get_model_state_dict(net, **whole), opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None, where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
                 counts=dict(step=self.step, items=self.items, scale=self.scale), events=self.events)
 
 @patch
@@ -119,11 +119,12 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
                     where:bool=True # the position in data and random numbers too?
                    ):
     "Become what `state` was; with `where=False` the weights go back and the data go on"
-    net, opt = self._parts; whole = dict(options=StateDictOptions(full_state_dict=True))
+    from torch.distributed.checkpoint import state_dict as dcp
+    net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True))
     if {*state['callbacks']} != {*self._keepers()}: raise ValueError(f"the state is of a run with callbacks {', '.join(state['callbacks'])}: this one has {', '.join(self._keepers())}")
     opt.zero_grad()                                                  # torch does not load into an optimiser that is about to step
-    set_model_state_dict(net, state['model'], **whole)
-    if state['opt']: set_optimizer_state_dict(net, opt, state['opt'], **whole)
+    dcp.set_model_state_dict(net, state['model'], **whole)
+    if state['opt']: dcp.set_optimizer_state_dict(net, opt, state['opt'], **whole)
     else: opt.state.clear()
     for p,moments in opt.state.items():
         moments.update({k: torch.empty_like(p).copy_(m) for k,m in moments.items() if m.shape == p.shape})
@@ -335,6 +336,19 @@ class Log:
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
     def load_state_dict(self, state): self.losses = [*state['losses']]
 
+# %% ../nbs/15_training.ipynb #0d9c6e21
+@patch
+def plot(self:Log,
+         ax=None, # to draw on; None: a new figure's
+         w:int=0 # steps of the running mean; 0: 2% of all
+        ): # ax
+    "The loss of every step, and its running mean"
+    c = self.curve(); w = min(w or max(1, len(c)//50), len(c))
+    ax = ax or plt.subplots(figsize=(7,2.4), layout='constrained')[1]
+    ax.plot(range(1, len(c)+1), c, alpha=.25, lw=.6); ax.plot(range(w, len(c)+1), c.unfold(0, w, 1).mean(1), lw=1.5)
+    ax.set(xlabel='step', ylabel='loss')
+    return ax
+
 # %% ../nbs/15_training.ipynb #47d81947
 class LiveLoss:
     "A loss curve that is redrawn while training goes on"
@@ -344,10 +358,9 @@ class LiveLoss:
     ): self.log,self.every = log,every
     def before(self, s): self.last, self.handle = time.time(), display(display_id=True)
     def draw(self, s):
-        c = self.log.curve(); w, fine = min(max(1, s.steps//50), len(c)), c[c.isfinite()]
-        fig, ax = plt.subplots(figsize=(7,2.4))
-        ax.plot(range(1, len(c)+1), c, alpha=.25, lw=.6); ax.plot(range(w, len(c)+1), c.unfold(0, w, 1).mean(1), lw=1.5)
-        ax.set(xlabel='step', ylabel=f'{s.denoiser.target}-loss', xlim=(0, s.steps), ylim=(0, 1.5*fine[len(fine)//10:].quantile(.98).item() if len(fine) else 1), title=f'{s.items:,} items')
+        c = self.log.curve(); fine = c[c.isfinite()]
+        fig, ax = plt.subplots(figsize=(7,2.4)); self.log.plot(ax, s.steps//50)
+        ax.set(ylabel=f'{s.denoiser.target}-loss', xlim=(0, s.steps), ylim=(0, 1.5*fine[len(fine)//10:].quantile(.98).item() if len(fine) else 1), title=f'{s.items:,} items')
         for e in s.events: ax.axvline(e['step'], color='C3', lw=.8, ls=':'); ax.annotate(e['what'], (e['step'], .98), xycoords=('data','axes fraction'), rotation=90, va='top', ha='right', fontsize=7)
         plt.close(fig); self.fig = fig
         if self.handle: self.handle.update(fig)

@@ -44,8 +44,8 @@ def test_base_modules_need_base_packages():
     for m in base: assert {n.lower() for n in top_level(m)} <= deps, (m, top_level(m) - deps)
 
 def test_imports_are_fast():
-    "Less than two seconds of work for the whole library, beyond torch and torchvision themselves (which load torch's compiler)"
-    code = f"import time, importlib, torch, torchvision; t = time.process_time(); [importlib.import_module('spectral_diffusion.' + m) for m in {base}]; print(time.process_time() - t)"
+    "Less than two seconds of work for the whole library, beyond torch itself"
+    code = f"import time, importlib, torch; t = time.process_time(); [importlib.import_module('spectral_diffusion.' + m) for m in {base}]; print(time.process_time() - t)"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
     assert r.returncode == 0, r.stderr
     assert float(r.stdout) < 2, r.stdout
