@@ -256,9 +256,10 @@ def self_contained(page # HTML
     page = _math.sub(lambda m: mathml(html.unescape(m[2]), m[1] == 'display'), page)
     return re.sub(r'<(?:link|script)\b[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?', '', page)
 
-# %% ../nbs/27_book.ipynb #8dbe47c8
+# %% ../nbs/27_book.ipynb #7a90c1d4
 _fonts = re.compile(r'''@import\s*(?:url\(['"]?https?://fonts[^)]*\)|(['"])https?://fonts.*?\1)\s*;?''')
 
+# %% ../nbs/27_book.ipynb #8dbe47c8
 def render(book, # from `stage`
            quarto=False # with Quarto instead of smalldocs?
           ) -> Path: # the site's folder

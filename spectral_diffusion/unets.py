@@ -638,15 +638,23 @@ def embed(self:VolumeUNet,
     return F.silu(e + self.tell(cond, len(e)) if self.tell else e)
 
 @patch
-def go_down(self:VolumeUNet, x, e, more=0.):
-    "The bottleneck's features, and those that are handed across; `more` is added behind the stem (ControlNet, chapter 17)"
+def go_down(self:VolumeUNet,
+            x:Tensor, # field, (B, C, *S)
+            e:Tensor, # from `embed`
+            more=0. # added behind the stem, of its shape; ControlNet's hint
+           ) -> tuple: # the bottleneck's features, and a list of those that are handed across
+    "Down to the bottleneck"
     skips = [h := self.stem(x.contiguous(memory_format=self.layout)) + more]
     for block in self.down: skips.append(h := again(self.recompute, block, h, e))
     return again(self.recompute, self.mid, h, e), skips
 
 @patch
-def go_up(self:VolumeUNet, h, skips, e):
-    "The answer, from the bottleneck's features and those that were handed across"
+def go_up(self:VolumeUNet,
+          h:Tensor, # the bottleneck's features
+          skips:list, # those that were handed across
+          e:Tensor # from `embed`
+         ) -> Tensor: # (B, out, *S)
+    "Up again, to the answer"
     skips = [*skips]
     for block in self.up: h = again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step) else again(self.recompute, joined, block, h, skips.pop(), e)
     return again(self.recompute, self.head, h)

@@ -67,12 +67,16 @@ def found(node, key):
     return [x for v in node for x in found(v, key)] if isinstance(node, list) else []
 
 def workflow_faults(texts):
-    "What must not be in the workflows: others' actions, versions that move, slow tests that nothing starts"
+    "What must not be in the workflows: others' actions, versions that move, slow tests that nothing starts, a site that is published untested or for a stranger"
     flows, pinned = [yaml.safe_load(t) for t in texts], r'\bQUARTO: \d+\.\d+\.\d+\s*[}\n]'
     bad = [f'action {u}' for u in found(flows, 'uses') if not re.fullmatch(r'actions/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})', str(u))]
     bad += ['Quarto is not pinned' for t in texts if 'quarto' in t.lower() and not (re.search(pinned, t) and {*re.findall(r'releases/download/(\S+)', t)} == {'v$QUARTO'})]
     slow = [(f, j) for f in flows for j in f['jobs'].values() if any('-m slow' in str(r) for r in found(j, 'run'))]
     def timed(f, j): return any(re.fullmatch(r'(\S+ ){4}\S+', c) for c in found(f.get(True), 'cron')) and "event_name == 'schedule'" in j.get('if', "event_name == 'schedule'")      # YAML reads the key `on` as true
+    for f in flows:
+        if not any('deploy-pages' in u for u in found(f, 'uses')): continue
+        on, when = f.get(True), ' '.join(str(j.get('if', '')) for j in f['jobs'].values())
+        if {*on} != {'workflow_run', 'workflow_dispatch'} or "conclusion == 'success'" not in when or "event != 'pull_request'" not in when: bad.append('publishing without tests')
     return bad + ([] if any(timed(*x) for x in slow) else ['slow tests without a schedule'])
 
 workflows = [f.read_text() for f in sorted((root/'.github'/'workflows').glob('*.yml'))]
@@ -81,7 +85,8 @@ def test_workflows(): assert len(workflows) == 2 and workflow_faults(workflows) 
 @pytest.mark.parametrize('old, new, fault', [
     ('actions/checkout@v4', 'actions/checkout', 'action'), ('actions/checkout@v4', 'actions/checkout@main', 'action'), ('actions/deploy-pages@v4', 'peaceiris/actions-gh-pages@v4', 'action'),
     ('- run: bash .ci/run', '- uses: fastai/workflows/nbdev-ci@master', 'action'), ('QUARTO: 1.7.32', 'QUARTO: 1.7', 'Quarto'), ('download/v$QUARTO', 'download/latest', 'Quarto'),
-    ('QUARTO: 1.7.32', 'QUARTO: latest', 'Quarto'), ('  schedule: [{cron: "0 3 * * 1"}]\n', '', 'slow'), (" || github.event_name == 'schedule'", '', 'slow'), ('pytest -m slow', 'pytest', 'slow')])
+    ('QUARTO: 1.7.32', 'QUARTO: latest', 'Quarto'), ('  schedule: [{cron: "0 3 * * 1"}]\n', '', 'slow'), (" || github.event_name == 'schedule'", '', 'slow'), ('pytest -m slow', 'pytest', 'slow'),
+    ("conclusion == 'success'", "conclusion != 'cancelled'", 'publishing'), (" && github.event.workflow_run.event != 'pull_request'", '', 'publishing'), ('  workflow_dispatch:\npermissions: {contents: read}\nconcurrency', '  workflow_dispatch:\n  push: {branches: [main]}\npermissions: {contents: read}\nconcurrency', 'publishing')])
 def test_workflow_faults_are_seen(old, new, fault):
     assert any(old in w for w in workflows)
     assert [b.split()[0] for b in workflow_faults([w.replace(old, new) for w in workflows])][:1] == [fault]
