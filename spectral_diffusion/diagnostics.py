@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Check', 'Triage', 'local_grid', 'error_map', 'plot_error', 'Known', 'check_steps', 'check_gaussian', 'check_range',
-           'answers', 'check_time', 'check_weights', 'check_one_image', 'learning', 'check_learning', 'triage']
+           'answers', 'check_time', 'check_weights', 'check_one_image', 'check_distance', 'learning', 'check_learning',
+           'triage']
 
 # %% ../nbs/20_diagnostics.ipynb #f1a809eb
 import textwrap, torch, matplotlib.pyplot as plt
@@ -185,6 +186,16 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
     xT = D.schedule.prior((4, *x0.shape[1:]), gen, grid[0]).to(x0.device)
     miss = ((sampler(D, xT, grid, generator=gen).x - x0).square().mean().sqrt()/(x0.std() + .1)).item()
     return Check('one image, learned and sampled', miss < .5, f'samples miss the image by {miss:.0%} of its std')
+
+# %% ../nbs/20_diagnostics.ipynb #d8a8775f
+def check_distance(f, # (a, b) -> distance of two sets
+                   a, # one set, in the form that f takes
+                   b # another
+                  ) -> Check:
+    "Is it 0 from a set to itself, the same in both directions, and never negative? (For distances without noise: an unbiased estimate such as KID's is 0 on average only)"
+    none, there, back = f(a, a), f(a, b), f(b, a); slack = .01*max(abs(there), abs(back))
+    return Check('laws of a distance', abs(none) <= slack and abs(there - back) <= slack and min(there, back) >= -slack,
+                 f'from a set to itself {none:.3g}, to another {there:.4g}, back {back:.4g}')
 
 # %% ../nbs/20_diagnostics.ipynb #c317e6ee
 _levels = (-2., 0., 2., 4.)                              # the log-SNRs that form pictures

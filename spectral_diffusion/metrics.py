@@ -214,11 +214,12 @@ def save_stats(
 def load_stats(
     path,      # a file from `save_stats`
     extractor, # the `Extractor` that it must come from
-    split:str, # the split that it must hold
+    split:str, # the split that it must hold; with the data's name, if there are several
+    n:int=None, # how many images; None: any number
 )->FrechetStats:
     "Read statistics that are what the caller thinks they are"
     with safe_open(path, 'pt') as f: m, s1, s2 = f.metadata(), f.get_tensor('s1'), f.get_tensor('s2')
-    want = dict(name=extractor.name, hash=extractor.hash, split=split)
+    want = dict(name=extractor.name, hash=extractor.hash, split=split) | (dict(n=str(n)) if n else {})
     for k,v in want.items():
         if m[k] != v: raise ValueError(f"{Path(path).name} holds {k} '{m[k]}', expected '{v}': compute it again")
     s = FrechetStats(len(s1), extractor, split)

@@ -24,7 +24,7 @@ from .volumes import CaseBatches, Cases
 from .embeddings import StepEmbedding
 from .unets import UNet, UNetCifar32, VolumeUNet, n_params
 from .transformers import dit
-from .training import EMA, Checkpoints, Early, Log, Muon, adamw, denoising_loss, fit
+from .training import EMA, Checkpoints, Early, Log, Muon, adamw, denoising_loss, fit, flat, lr_scale
 from .codecs import Codec, Encoded, latent_shape
 from .conditioning import SDA, Conditioned, ScoreAug, SizeWeighted, modes, network
 
@@ -46,9 +46,11 @@ class Recipe:
     density:Callable|None = None # u -> log-SNR; None: uniform t
     weight:Callable|None = None # log-SNR -> weight of a squared x0 error; None: plain error of the target, or half-way between the units
     opt:Callable = adamw # (parameters, lr) -> optimiser
+    rate:Callable = lr_scale # (step, steps, warmup) -> factor on the learning rate
     warmup:int = 100 # steps of rising learning rate
     clip:float = 1. # largest gradient norm
     ema:float = .999 # largest decay of the average
+    warm:bool = True # does that decay rise to there from .1?
     flip:bool = True # mirror images with probability 1/2
     bf16:bool = False # run the network in bfloat16
     sampler:Callable = sample_dpmpp2m # (denoiser, x_T, grid, generator=...) -> sample
@@ -85,7 +87,7 @@ def _cifar32(channels, schedule, time=StepEmbedding): return UNetCifar32(time(sc
 
 e1 = Recipe('e1', 'seed 002, E1', _cifar32, 1_982_115, ddpm_linear, 'eps', batch=4, steps=10_000, lr=1e-4, sd=1., opt=adam,
             ema=.9999, flip=False, sampler=sample_ddpm, grid=lambda s, n: grid_uniform(n), nfe=50)
-add(e1, replace(e1, name='e2', source='seed 002, E2', schedule=ddpm_cosine), replace(e1, name='e5', source='seed 002, E5', schedule=cosine_matched),
+add(e1, replace(e1, name='seed', source='seed 002, E1 as its trainer ran', rate=flat, warmup=0, warm=False), replace(e1, name='e2', source='seed 002, E2', schedule=ddpm_cosine), replace(e1, name='e5', source='seed 002, E5', schedule=cosine_matched),
     replace(e1, name='e7', source='seed 002, E7', steps=50_000))
 
 # %% ../nbs/21_recipes.ipynb #723944f5
@@ -115,7 +117,7 @@ add(replace(recipes['small-spectral'], name='small-guided', source='the most fro
 
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
 add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97", partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13),
-           48_617_731, edm, 'F', batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), warmup=19_531, ema=.9993, bf16=True,
+           48_617_731, edm, 'F', batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), rate=flat, warmup=19_531, ema=.9993, bf16=True,
            sampler=sample_heun, grid=grid_edm, nfe=18))
 
 # %% ../nbs/21_recipes.ipynb #3373b7ff
@@ -168,9 +170,9 @@ def train(r:Recipe, # what to train
     torch.manual_seed(seed)
     gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     x = to_field(data.train[:5000]); D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
-    ema, log, batches = EMA(r.ema), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip); early = [Early(ema, r.early)]*(r.guide != 1)
+    ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip); early = [Early(ema, r.early)]*(r.guide != 1)
     keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', config=dict(recipe=r.name, seed=seed))] if run else []
-    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt)
+    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt, rate=r.rate)
     guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
