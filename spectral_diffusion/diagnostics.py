@@ -205,7 +205,7 @@ def _log_ratios(denoiser, x0, train, seed):
     if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
     lin = Linear(denoiser.schedule, train)
     def one(D, c, i): return error_map(D, c, _levels, 4, torch.Generator().manual_seed(seed+i)).log()
-    return torch.stack([one(denoiser, c, i) - one(lin, c, i) for i, c in enumerate(x0.chunk(8))])
+    return torch.stack([one(denoiser, c, i) - one(lin, c, i) for i, c in enumerate(progress(x0.chunk(8), desc='held-out error', after=2.))])
 
 def _score(r, n):
     r = r.mean((1,2)); m, h = r.mean(), 2.365*r.std()/len(r)**.5

@@ -8,7 +8,7 @@ __all__ = ['lpips_nets', 'Score', 'bootstrap', 'drop', 'jackknife', 'Extractor',
            'stats_of', 'frechet_ci', 'frechet_inf', 'poly_kernel', 'mmd2', 'kid_subsets', 'rbf_kernel', 'rbf_mmd',
            'kid', 'covered', 'precision_recall', 'rapsd_distance', 'nearest', 'copy_rate', 'kth_distance', 'kl_knn',
            'sliced_wasserstein', 'two_sample_p', 'psnr', 'ssim_parts', 'ssim', 'ms_ssim', 'lpips', 'dice', 'overlap',
-           'Row', 'metric_name', 'scorecard', 'score_table']
+           'Row', 'metric_name', 'scorecard', 'score_table', 'plot_scores']
 
 # %% ../nbs/07_metrics.ipynb #8e273446
 import hashlib, io, math, operator, torch, torch.nn.functional as F
@@ -267,7 +267,7 @@ def stats_of(
 def _leave_out(fa, fb, groups, min_n):
     a,b = ([stats_of(f[i::groups]) for i in range(groups)] for f in (fa,fb))
     A,B = (reduce(operator.add, o) for o in (a,b))
-    return frechet(A, B, min_n), [frechet(A-i, B-j, 0) for i,j in zip(a,b)]
+    return frechet(A, B, min_n), [frechet(A-i, B-j, 0) for i,j in progress(zip(a,b), groups, 'jackknife', after=2.)]
 
 # %% ../nbs/07_metrics.ipynb #396dff85
 def frechet_ci(
@@ -428,7 +428,7 @@ def nearest(
 )->tuple: # RMS distance per element (N, k), index (N, k); nearest first
     "The k nearest training items of each query, by brute force"
     x,t = x.flatten(1),train.flatten(1)
-    idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices for c in x.split(chunk)])
+    idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices for c in progress(x.split(chunk), desc='neighbours', after=2.)])
     d = torch.cat([(c[:,None]-t[i]).square().mean(-1).sqrt() for c,i in zip(x.split(chunk), idx.split(chunk))])
     d, o = d.sort(1)
     return d, idx.gather(1, o)
@@ -632,3 +632,19 @@ def score_table(
     lines = [('metric','samples','floor (real)','ceiling (noise)','n'), ('---',)*5]
     lines += [(r.name, r.note or cell(r.value), cell(r.floor), cell(r.ceiling), f'{r.value.n:,}' if r.value else '-') for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
+
+# %% ../nbs/07_metrics.ipynb #3e67439f
+def plot_scores(
+    rows:list, # `Row`s; those without a value are left out
+):
+    "Samples between floor and ceiling, a line for each metric; returns the figure"
+    import matplotlib.pyplot as plt
+    rows = [r for r in rows if r.value]
+    if not rows: raise ValueError('no row has a value: draw more images, then score them again')
+    fig, axs = plt.subplots(len(rows), 1, figsize=(7, .85*len(rows) + .3), layout='constrained', squeeze=False)
+    for ax, r in zip(axs[:,0], rows):
+        for s, mark, colour, label in ((r.floor, '|', '.5', 'floor'), (r.ceiling, '|', '.5', 'ceiling'), (r.value, 'o', '#0072B2', 'samples')):
+            ax.errorbar(s.value, 0, xerr=[[s.value - s.low], [s.high - s.value]], fmt=mark, c=colour, ms=14 if mark == '|' else 6, capsize=3)
+            ax.annotate(f'{label} {fmt(s.value)}', (s.value, 0), (0, 9), textcoords='offset points', ha='center', fontsize=8, color=colour)
+        ax.set(yticks=[0], yticklabels=[r.name], ylim=(-.6, 1)); ax.margins(x=.12); ax.spines[['top','left','right']].set_visible(False); ax.tick_params(axis='y', length=0)
+    return fig

@@ -3,7 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 import torch
 
-def train(folder, accelerator=None, stop=None, steps=16):
+def train(folder, accelerator=None, stop=None, steps=8):
     "A short run that may be stopped by an error; its losses, and the averaged weights"
     from spectral_diffusion.data import Batches, digits
     from spectral_diffusion.denoisers import Denoiser
@@ -14,7 +14,7 @@ def train(folder, accelerator=None, stop=None, steps=16):
         def after_step(self, s): assert s.step != stop
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1), cosine(), 'v', .5), EMA(.9), Log()
-    try: s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Stopped(), Checkpoints(folder, 5)], accelerator=accelerator)
+    try: s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Stopped(), Checkpoints(folder, 3)], accelerator=accelerator)
     except AssertionError: return
     return log.curve(), torch.cat([p.flatten() for p in ema.model.parameters()]), s
 
@@ -24,7 +24,7 @@ def main(folder, how):
     torch.set_num_threads(1); acc = Accelerator(cpu=True)
     if how == 'sharded':       # accelerate offers sharding on accelerators only: on CPUs its type is set by hand
         acc.state.distributed_type, acc.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
-    result = train(folder/'run', acc, 12 if how == 'copied' else None)
+    result = train(folder/'run', acc, 7 if how == 'copied' else None)
     if how == 'sharded':
         local = next(result[2].denoiser.parameters())
         assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up

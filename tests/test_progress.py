@@ -4,14 +4,16 @@ from types import SimpleNamespace
 import pytest, torch, tqdm, tqdm.auto
 from spectral_diffusion import runs
 from spectral_diffusion.benchmarks import fresh, interleave
-from spectral_diffusion.data import digits, to_field
+from spectral_diffusion.data import Batches, digits, to_field
 from spectral_diffusion.denoisers import Denoiser, Gaussian
 from spectral_diffusion.designs import design, measure
-from spectral_diffusion.diagnostics import triage
+from spectral_diffusion.diagnostics import learning, triage
 from spectral_diffusion.guards import study
+from spectral_diffusion.metrics import features, frechet_ci, nearest
 from spectral_diffusion.rejection import RatioHead, fit_head, sample_diffrs, thresholds
 from spectral_diffusion.samplers import optimize_grid, sample_ddim, samplers
 from spectral_diffusion.schedules import cosine, flow, grid_logsnr, grid_uniform
+from spectral_diffusion.training import fit
 from spectral_diffusion.unets import UNet
 
 gen = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -25,6 +27,9 @@ def look():
     data = digits(); train, test = to_field(data.train), to_field(data.test[:32])
     torch.manual_seed(0); return triage(Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5), test, train, sample_ddim, grid_logsnr(cosine(), 5, -6., 6.), steps=4)
 
+def small(): torch.manual_seed(0); return Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5)
+def held(): data = digits(); return learning(small().eval(), to_field(data.test[:32]), to_field(data.train[:64]))
+
 none = lambda x, t: torch.zeros(len(x))
 calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k == 'restart' else 'sample') for k in samplers} | {
     'optimize_grid': (lambda: optimize_grid(D, [g], x, m=2, rounds=3, fine=20), 'fit grid'), 'fit_head': (judge, 'judge'),
@@ -32,6 +37,9 @@ calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k =
     'study': (lambda: study(dict(clip=list), ('nan',), range(2), steps=3), 'study'), 'triage': (look, 'triage'),
     'measure': (lambda: measure(design(dict(a=(0,1), b=(0,1))), lambda a, b, seed: a + b + .1*seed, range(2)), 'measure'),
     'interleave': (lambda: interleave(dict(a=int, b=int), reps=3), 'rounds'),
+    'fit': (lambda: fit(small(), Batches(digits().train, 4, gen()), 3), 'train'), 'learning': (held, 'held-out error'),
+    'features': (lambda: features(lambda x: x.flatten(1), torch.randn(300, 1, 4, 4, generator=gen())), 'features'),
+    'frechet_ci': (lambda: frechet_ci(*torch.randn(2, 60, 3, generator=gen()), min_n=0), 'jackknife'), 'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
     'fresh': (lambda: fresh(dict(a=('builtins:eval', 'int')), reps=3), 'rounds')}
 
 before = dict(optimize_grid={'sample'}, sample_diffrs={'thresholds'}, fresh={'prepare'})      # bars that come first, one after the other
