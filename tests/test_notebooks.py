@@ -1,4 +1,4 @@
-"Every chapter and every report runs from top to bottom, each in a process of its own, through nbdev's own test. The processes are forked from one that has torch loaded, which saves seconds each."
+"Every chapter and every report runs from top to bottom, each in a process of its own, through nbdev's own test. The processes are forked from one that has loaded what nearly all of them need, which saves seconds each."
 import multiprocessing, os, sys
 from pathlib import Path
 import pytest
@@ -17,7 +17,7 @@ def one(nb, flags, said):
     sys.stdout.flush(); sys.stderr.flush(); os._exit(0 if ok else 1)
 
 def run(nb, said, *flags):
-    ctx = multiprocessing.get_context('forkserver'); ctx.set_forkserver_preload(['torch', 'nbdev.test', 'matplotlib.pyplot', 'sklearn.datasets', 'skimage.data'])
+    ctx = multiprocessing.get_context('forkserver'); ctx.set_forkserver_preload(['torch._dynamo', 'torch.distributed.checkpoint.state_dict', 'nbdev.test', 'matplotlib.pyplot', 'sklearn.datasets', 'skimage.data'])
     p = ctx.Process(target=one, args=(nb, flags, said)); p.start(); p.join()
     assert p.exitcode == 0, f'exit code {p.exitcode}\n' + said.read_text()[-6000:]
 

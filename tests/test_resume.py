@@ -13,7 +13,7 @@ def train(folder, steps=6, every=2):
     from spectral_diffusion.unets import UNet
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1, dropout=.2), cosine(), 'v', .5), EMA(.9), Log()
-    fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Checkpoints(folder, every, shard=2**16)])
+    fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Checkpoints(folder, every, shard=2**18)])
     return torch.cat([x.double().flatten() for x in (*D.state_dict().values(), *ema.model.state_dict().values(), log.curve())])
 
 def child(folder, out=None):
@@ -38,7 +38,7 @@ def kill(pid, folder, rng, seconds):
     return 'not at all'
 
 def main(root, kills):
-    import torch, spectral_diffusion.training, spectral_diffusion.unets, spectral_diffusion.data   # once, before the forks
+    import torch._dynamo, torch.distributed.checkpoint.state_dict, sklearn.datasets, spectral_diffusion.training, spectral_diffusion.unets, spectral_diffusion.data   # once, before the forks
     torch.set_num_threads(1); rng, how = random.Random(0), []
     t0 = time.time(); os.waitpid(child(root/'whole', root/'whole.bin'), 0); seconds = time.time()-t0
     for i in range(kills):
