@@ -212,7 +212,7 @@ def fit(denoiser:Denoiser, # trained in place
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients"
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip, accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
-                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()) | (dict(accumulate=accumulate) if accumulate > 1 else {}) | (dict(rate=rate.__name__) if rate is not lr_scale else {}))
+                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()) | (dict(accumulate=accumulate) if accumulate > 1 else {}) | (dict(rate=getattr(rate, '__name__', type(rate).__name__)) if rate is not lr_scale else {}))
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
     dev, params, batches = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)

@@ -3,7 +3,7 @@ import os, random, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 
-def train(folder, steps=6, every=2):
+def train(folder, steps=10, every=2):
     "A run in which every kind of randomness matters; its last weights, averages and losses as one tensor"
     import torch
     from spectral_diffusion.data import Batches, digits
@@ -54,7 +54,7 @@ def kills(tmp_path, n):
     assert r.returncode == 0, r.stderr[-3000:]
     print(r.stdout)
 
-def test_killed_runs_end_with_the_same_bits(tmp_path): kills(tmp_path, 4)
+def test_killed_runs_end_with_the_same_bits(tmp_path): kills(tmp_path, 5)
 
 @pytest.mark.slow
 def test_fifty_killed_runs_end_with_the_same_bits(tmp_path): kills(tmp_path, 50)
