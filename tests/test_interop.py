@@ -63,6 +63,15 @@ def test_oracle_in_their_scheduler(sch):
     out = theirs(ForDiffusers(oracle, target='v'), s, x)
     assert (out - sample_ddim(oracle, x, to_time(s.timesteps)).x).abs().max() < 5e-3 and abs(out.std() - .5) < .03
 
+def test_oracle_in_their_flow():
+    "A closed form behind their flow: their Euler steps are ours, and Heun's have the variance of the data"
+    oracle, x, out = Gaussian(flow(), .25), torch.randn(4000, 1, 2, 2, generator=gen()), {}
+    for name in ('Euler', 'Heun'):
+        s = to_scheduler(flow(), scheduler(f'FlowMatch{name}DiscreteScheduler').__class__); s.set_timesteps(20)
+        out[name], ts = theirs(ForDiffusers(oracle), s, x), s.timesteps.double()/1000
+        if name == 'Euler': assert (out[name] - sample_ddim(oracle, x, ts).x).abs().max() < 1e-4
+    assert abs(out['Heun'].std() - .5) < .02 < abs(out['Euler'].std() - .5)
+
 def test_transformer():
     "A class-conditional DiT that also predicts a variance"
     from diffusers import DiTTransformer2DModel
@@ -81,6 +90,6 @@ def test_there_and_back(net):
 
 def test_refusals():
     with pytest.raises(ValueError, match='neither a table'): schedule_of(scheduler('EDMEulerScheduler'))
-    for bad in (edm(), flow(), coloured(cosine(), power_law((8,), 1.))):
+    for bad in (edm(), coloured(cosine(), power_law((8,), 1.))):
         with pytest.raises(ValueError, match='variance preserving'): ForDiffusers(Gaussian(bad, 1.))
     with pytest.raises(ValueError, match='outside'): wrap(lambda x, i: x, cosine())(torch.randn(1, 2), 0.)
