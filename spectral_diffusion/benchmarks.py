@@ -40,7 +40,8 @@ class Timing:
     def q25(self): return float(np.quantile(self.times, .25))
     @property
     def q75(self): return float(np.quantile(self.times, .75))
-    def __repr__(self): return f'{si(self.median, "s")} (quartiles {si(self.q25, "s")}, {si(self.q75, "s")}; n={self.n})'
+    def __repr__(self):
+        return f'{si(self.median, "s")} (quartiles {si(self.q25, "s")}, {si(self.q75, "s")}; n={self.n})'
 
 # %% ../nbs/02_benchmarks.ipynb #c582e30e
 def _sync():
@@ -102,7 +103,8 @@ def bootstrap_rounds(
     "Percentile interval of a statistic over resampled rounds"
     n = xs[0].shape[-1]
     i = np.random.default_rng(seed).integers(0, n, (n_boot, n))
-    low, high = np.quantile(stat(*[x[..., i] for x in xs]), [(1 - level)/2, (1 + level)/2], method='inverted_cdf')   # no arithmetic: inf stays inf
+    low, high = np.quantile(stat(*[x[..., i] for x in xs]), [(1 - level)/2, (1 + level)/2],
+                            method='inverted_cdf')   # no arithmetic: inf stays inf
     return Interval(float(stat(*xs)), float(low), float(high), n)
 
 # %% ../nbs/02_benchmarks.ipynb #5e581d3f
@@ -112,7 +114,8 @@ def ratio(
     **kw, # to `bootstrap_rounds`
 )->Interval: # median over rounds of a/b
     "How many times longer `a` takes than `b`"
-    if a.n != b.n: raise ValueError(f'ratio needs the same rounds for both, got {a.n} and {b.n}: time them in one `interleave`')
+    if a.n != b.n:
+        raise ValueError(f'ratio needs the same rounds for both, got {a.n} and {b.n}: time them in one `interleave`')
     return bootstrap_rounds(lambda r: np.median(r, -1), a.times/b.times, **kw)
 
 # %% ../nbs/02_benchmarks.ipynb #c386a521
@@ -139,7 +142,9 @@ def peak_mem(
 def _locate(cell):
     if isinstance(cell, str): return cell
     name = f'{cell.__module__}:{cell.__qualname__}'
-    if cell.__module__ == '__main__' or '<' in name: raise ValueError(f'a fresh process cannot import `{cell.__qualname__}`, which was defined in a notebook or inside a function: give its source as text, or put it in a module')
+    if cell.__module__ == '__main__' or '<' in name:
+        raise ValueError(f'a fresh process cannot import `{cell.__qualname__}`, which was defined in a notebook '
+                         'or inside a function: give its source as text, or put it in a module')
     return name
 
 def _load(cell):
@@ -149,7 +154,8 @@ def _load(cell):
 
 # %% ../nbs/02_benchmarks.ipynb #60e01ab7
 def _fault(e):
-    oom = isinstance(e, MemoryError) or any(s in str(e) for s in ("out of memory", "can't allocate memory", "not enough memory"))
+    oom = (isinstance(e, MemoryError)
+           or any(s in str(e) for s in ("out of memory", "can't allocate memory", "not enough memory")))
     return 'OOM' if oom else f'{type(e).__name__}: {e}'.splitlines()[0]
 
 def _serve(fd):
@@ -197,7 +203,8 @@ class Cell:
     gpu: int|None = None # bytes, the same on the GPU
     def __repr__(self):
         if self.status != 'ok': return self.status
-        return f'{self.time}' + ''.join(f', {k} +{si(v, "B")}' for k,v in dict(mem=self.mem, gpu=self.gpu).items() if v is not None)
+        return f'{self.time}' + ''.join(f', {k} +{si(v, "B")}'
+                                        for k,v in dict(mem=self.mem, gpu=self.gpu).items() if v is not None)
 
 # %% ../nbs/02_benchmarks.ipynb #894d1755
 def fresh(
@@ -214,11 +221,13 @@ def fresh(
     msgs = {name: (_locate(cell), args, warmup, min_time) for name,(cell,*args) in cells.items()}
     workers = {}
     try:
-        mem = {name: (workers.setdefault(name, _Worker(threads))).ask(msg, timeout) for name,msg in progress(msgs.items(), desc='prepare', after=1.)}
+        mem = {name: (workers.setdefault(name, _Worker(threads))).ask(msg, timeout)
+               for name,msg in progress(msgs.items(), desc='prepare', after=1.)}
         times = _rounds({name: lambda w=w: w.ask(True, timeout) for name,w in workers.items()}, reps, seed)
     finally:
         for w in workers.values(): w.close()
-    return {name: Cell('ok', times[name], *mem[name]) if w.status == 'ok' else Cell(w.status) for name,w in workers.items()}
+    return {name: Cell('ok', times[name], *mem[name]) if w.status == 'ok' else Cell(w.status)
+            for name,w in workers.items()}
 
 # %% ../nbs/02_benchmarks.ipynb #38254837
 def keep(
@@ -243,10 +252,14 @@ def plot_times(
     for i,c in enumerate(times.values()):
         t, says = getattr(c, 'time', c), dict(xycoords=('axes fraction', 'data'), va='center', fontsize=8)
         if t is None: ax.annotate(c.status, (.01, i), **says); continue
-        ax.plot(t.times, [i]*t.n, '|', c='.6', ms=8); ax.plot([t.q25, t.q75], [i, i], c='C0', lw=4); ax.plot(t.median, i, 'o', c='k', ms=5)
+        ax.plot(t.times, [i]*t.n, '|', c='.6', ms=8)
+        ax.plot([t.q25, t.q75], [i, i], c='C0', lw=4)
+        ax.plot(t.median, i, 'o', c='k', ms=5)
         ax.annotate(si(t.median, 's'), (1.01, i), **says)
-    ax.set(xscale='log', ylim=(len(times)-.5, -.5), yticks=range(len(times)), yticklabels=[*times], xlabel='time per call')
-    ax.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=9)); ax.xaxis.set_major_formatter(lambda x, _: si(x, 's')); ax.minorticks_off()
+    ax.set(xscale='log', ylim=(len(times)-.5, -.5),
+           yticks=range(len(times)), yticklabels=[*times], xlabel='time per call')
+    ax.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=9))
+    ax.xaxis.set_major_formatter(lambda x, _: si(x, 's')); ax.minorticks_off()
     return fig
 
 # %% ../nbs/02_benchmarks.ipynb #57e87fbb
@@ -260,8 +273,10 @@ def flops(
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     ops = torch.ops.aten
-    cpu = {ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
-           ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)}
+    cpu = {ops._scaled_dot_product_flash_attention_for_cpu:
+               lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
+           ops._scaled_dot_product_flash_attention_for_cpu_backward:
+               lambda g, q, k, v, *_, **kw: sdpa_backward_flop_count(g, q, k, v)}
     fft = {ops._fft_r2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 2.5),
            ops._fft_c2r: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(out_shape, dim, 2.5),
            ops._fft_c2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 5)}
@@ -310,7 +325,9 @@ def match(
 ): # the best of `sizes`
     "The size whose count is nearest to `target`"
     best = min(sizes, key=lambda s: abs(count(s) - target))
-    if abs(count(best)/target - 1) > tol: raise ValueError(f'nothing comes within {tol:.0%} of {target:,.0f}: the nearest is size {best} with {count(best):,.0f}')
+    if abs(count(best)/target - 1) > tol:
+        raise ValueError(f'nothing comes within {tol:.0%} of {target:,.0f}: '
+                         f'the nearest is size {best} with {count(best):,.0f}')
     return best
 
 # %% ../nbs/02_benchmarks.ipynb #5285921a

@@ -20,8 +20,9 @@ from .runs import fmt, progress, read_json
 from .experiments import reports_dir
 
 # %% ../nbs/27_book.ipynb #d49793bb
-parts = {'Tools': (1, 2), 'Theory': (3, 4, 5, 6), 'Measuring': (7,), 'Data': (8, 9), 'Networks': (10, 11, 12, 13), 'Learning': (14, 15, 16, 17, 18, 19),
-         'Understanding': (20,), 'Reporting': (21, 22), 'Your own': (23, 24, 25, 26), 'The book': (27,), 'Appendix': (28,)}
+parts = {'Tools': (1, 2), 'Theory': (3, 4, 5, 6), 'Measuring': (7,), 'Data': (8, 9), 'Networks': (10, 11, 12, 13),
+         'Learning': (14, 15, 16, 17, 18, 19), 'Understanding': (20,), 'Reporting': (21, 22),
+         'Your own': (23, 24, 25, 26), 'The book': (27,), 'Appendix': (28,)}
 
 def part_of(n # number of a chapter
            ) -> str:
@@ -69,15 +70,19 @@ def numbered(nbs # folder of the chapters
             ) -> dict: # 'chapter 5' -> where it lies
     "Where the numbers in prose lead"
     nbs = Path(nbs)
-    return {f'chapter {int(f.stem[:2])}': f.name for f in nbs.glob('[0-9][0-9]_*.ipynb')} | {f'report {f.parent.name[:2]}': f'../reports/results/{f.parent.name}/report.ipynb' for f in (nbs/'..'/'reports'/'results').glob('*/metrics.json')}
+    return ({f'chapter {int(f.stem[:2])}': f.name for f in nbs.glob('[0-9][0-9]_*.ipynb')}
+            | {f'report {f.parent.name[:2]}': f'../reports/results/{f.parent.name}/report.ipynb'
+               for f in (nbs/'..'/'reports'/'results').glob('*/metrics.json')})
 
 def cite(text, # markdown
          where # from `numbered`
         ) -> str:
     "Chapters and reports that are named by number, as links"
     def link(m): to = where.get(m[0].lower()); return f'[{m[0]}]({to})' if to else m[0]
-    parts = re.split(r'(```.*?```|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]*>)', text, flags=re.S)           # code, links and tags stay as they are
-    return ''.join(p if k % 2 else re.sub(r'\b(?:chapter|report) \d+\b', link, p, flags=re.I) for k, p in enumerate(parts))
+    # code, links and tags stay as they are
+    parts = re.split(r'(```.*?```|`[^`\n]*`|\[[^\]]*\]\([^)]*\)|<[^>]*>)', text, flags=re.S)
+    return ''.join(p if k % 2 else re.sub(r'\b(?:chapter|report) \d+\b', link, p, flags=re.I)
+                   for k, p in enumerate(parts))
 
 # %% ../nbs/27_book.ipynb #4dfac49b
 class Linker:
@@ -88,8 +93,11 @@ class Linker:
         from nbdev.config import get_config
         from nbdev.doclinks import NbdevLookup
         cfg = get_config()
-        self.up,self.lookup,self.root,self.where = up,NbdevLookup(),f"{cfg['doc_host'].rstrip('/')}/{cfg['doc_baseurl'].strip('/')}/",numbered(cfg.path('nbs_path'))
-    def __call__(self, text): return retarget(cite(self.lookup.linkify(text).replace(self.root, self.up), self.where), self.up)
+        self.up,self.lookup,self.root,self.where = (
+            up,NbdevLookup(),f"{cfg['doc_host'].rstrip('/')}/{cfg['doc_baseurl'].strip('/')}/",
+            numbered(cfg.path('nbs_path')))
+    def __call__(self, text):
+        return retarget(cite(self.lookup.linkify(text).replace(self.root, self.up), self.where), self.up)
 
 # %% ../nbs/27_book.ipynb #5e8de420
 def _cell(c, link):
@@ -141,10 +149,13 @@ def claims_html(claims # of a metrics.json
     def row(c):
         iv = '' if c.low is None and c.high is None else f' <small>[{fmt(c.low)}, {fmt(c.high)}]</small>'
         met = {None: ('', '-'), True: ('met', 'met'), False: ('missed', 'missed')}[c.met]
-        return (f'<tr><td>{html.escape(c.name)}</td>' + num(c.value, f'{fmt(c.value)}{iv} {html.escape(c.unit or "")}') + num(c.n, '-' if c.n is None else f'{c.n:,}')
-                + num(c.seed_value, fmt(c.seed_value)) + f'<td>{html.escape(c.goal or "-")}</td><td><span class="met {met[0]}">{met[1]}</span></td></tr>')
+        return (f'<tr><td>{html.escape(c.name)}</td>'
+                + num(c.value, f'{fmt(c.value)}{iv} {html.escape(c.unit or "")}')
+                + num(c.n, '-' if c.n is None else f'{c.n:,}') + num(c.seed_value, fmt(c.seed_value))
+                + f'<td>{html.escape(c.goal or "-")}</td><td><span class="met {met[0]}">{met[1]}</span></td></tr>')
     names = ''.join(f'<th>{n}</th>' for n in ('claim', 'value', 'n', 'seed figure', 'goal', 'met'))
-    return f'<div class="table-scroll tall"><table class="table claims"><thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>'
+    return ('<div class="table-scroll tall"><table class="table claims">'
+            f'<thead><tr>{names}</tr></thead><tbody>{"".join(map(row, claims))}</tbody></table></div>')
 
 # %% ../nbs/27_book.ipynb #77d8c43b
 def goals(claims # of a metrics.json
@@ -159,7 +170,8 @@ def missed(claims, # of a metrics.json
           ) -> str: # empty if nothing was missed
     "The claims that missed their goals, shortly"
     names = [c.name for c in claims if c.met is False]
-    return 'missed: ' + '; '.join(names[:n]) + (f'; and {len(names) - n} more' if len(names) > n else '') if names else ''
+    return ('missed: ' + '; '.join(names[:n]) + (f'; and {len(names) - n} more' if len(names) > n else '')
+            if names else '')
 
 def verdict_of(m # a metrics.json
               ) -> str:
@@ -168,8 +180,10 @@ def verdict_of(m # a metrics.json
     return goals(m.claims) if own in (None, '', 'measured', 'goals missed') else own
 
 # %% ../nbs/27_book.ipynb #07889c6b
-key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'kl', '02_spectral_mixing': 'speed', '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
-               '06_volumes_latent': 'reconstructions', '07_volumes_wavelet': 'collapse', '08_samplers': 'oracle', '09_reliability': 'rescue', '10_peers': 'minutes', '11_schedules': 'finalists'}
+key_figures = {'00_quickstart': 'samples', '01_time_embeddings': 'kl', '02_spectral_mixing': 'speed',
+               '03_spectral_benchmark': 'loss-time', '04_baseline_e1': 'autopsy', '05_volumes_pixel': 'rows',
+               '06_volumes_latent': 'reconstructions', '07_volumes_wavelet': 'collapse', '08_samplers': 'oracle',
+               '09_reliability': 'rescue', '10_peers': 'minutes', '11_schedules': 'finalists'}
 
 def saved(nb # a report
          ) -> list: # names
@@ -184,9 +198,11 @@ def facts(folder # reports/results/NAME
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
     nb = nbformat.read(folder/'report.ipynb', 4)
     key = key_figures.get(folder.name) or next((s for s in saved(nb) if (folder/'figures'/f'{s}.png').exists()), None)
-    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'metrics.json').absolute())], cwd=folder, capture_output=True, text=True).stdout.strip()
+    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'metrics.json').absolute())],
+                          cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb, number_of(folder/'report.ipynb'))
-    return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed', claims=m.claims, figure=key and f'{key}.png')
+    return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed',
+                claims=m.claims, figure=key and f'{key}.png')
 
 # %% ../nbs/27_book.ipynb #f8bf64f8
 def _summary(f):
@@ -197,9 +213,12 @@ def _summary(f):
 def card(f # from `facts`
         ) -> str:
     "A report in the gallery"
-    img = f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">' if f['figure'] else ''
-    lines = ''.join(f'<span class="{k}">{html.escape(t)}</span>' for k, t in (('line', f['line']), ('missing', missed(f['claims']))) if t)
-    return f'<a class="report" href="{f["name"]}.html">{img}<span class="body"><strong>{html.escape(f["title"])}</strong>{lines}<span class="facts">{_summary(f)}</span></span></a>'
+    img = (f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">'
+           if f['figure'] else '')
+    lines = ''.join(f'<span class="{k}">{html.escape(t)}</span>'
+                    for k, t in (('line', f['line']), ('missing', missed(f['claims']))) if t)
+    return (f'<a class="report" href="{f["name"]}.html">{img}<span class="body">'
+            f'<strong>{html.escape(f["title"])}</strong>{lines}<span class="facts">{_summary(f)}</span></span></a>')
 
 # %% ../nbs/27_book.ipynb #79cf575c
 def gallery(all_facts # list from `facts`
@@ -208,11 +227,15 @@ def gallery(all_facts # list from `facts`
     def row(f):
         met = [c.met for c in f['claims'] if c.met is not None]
         own = f['verdict'] if f['verdict'] != goals(f['claims']) else '-'
-        return f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(own)}</td><td data-v="{sum(met)/len(met) if met else ""}">{goals(f["claims"])}</td><td>{f["date"]}</td></tr>'
-    rows, names = ''.join(map(row, all_facts)), ''.join(f'<th>{n}</th>' for n in ('report', 'own verdict', 'goals', 'date'))
-    return ('---\ntitle: Reports\nsubtitle: Executed notebooks with every number measured by the run that shows it.\ntoc: false\n---\n\n'
+        return (f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(own)}</td>'
+                f'<td data-v="{sum(met)/len(met) if met else ""}">{goals(f["claims"])}</td><td>{f["date"]}</td></tr>')
+    rows, names = (''.join(map(row, all_facts)),
+                   ''.join(f'<th>{n}</th>' for n in ('report', 'own verdict', 'goals', 'date')))
+    return ('---\ntitle: Reports\n'
+            'subtitle: Executed notebooks with every number measured by the run that shows it.\ntoc: false\n---\n\n'
             f'<div class="gallery">{"".join(map(card, all_facts))}</div>\n\n'
-            f'<div class="table-scroll"><table class="table"><thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>\n')
+            '<div class="table-scroll"><table class="table">'
+            f'<thead><tr>{names}</tr></thead><tbody>{rows}</tbody></table></div>\n')
 
 # %% ../nbs/27_book.ipynb #132d3afd
 def report_page(folder # reports/results/NAME
@@ -233,8 +256,11 @@ def sidebar(chapters, # notebooks with numbers
     sections = {p: [entry(f) for f in chapters if part_of(int(f.stem[:2])) == p] for p in parts}
     contents = [dict(text='Start', href='index.ipynb')]
     contents += [dict(section=p, contents=fs) for p, fs in sections.items() if fs]
-    contents += [dict(section='Reports', contents=[dict(text='Gallery', href='reports/index.md'), *(dict(text=f'{n[:3]}{n[3:].capitalize()}'.replace('_', ' '), href=f'reports/{n}.ipynb') for n in reports)])]
-    contents += [dict(section='Project', contents=[dict(text='Contributing', href='contributing.md'), dict(text='Changes', href='changelog.md')])]
+    contents += [dict(section='Reports', contents=[
+        dict(text='Gallery', href='reports/index.md'),
+        *(dict(text=f'{n[:3]}{n[3:].capitalize()}'.replace('_', ' '), href=f'reports/{n}.ipynb') for n in reports)])]
+    contents += [dict(section='Project', contents=[
+        dict(text='Contributing', href='contributing.md'), dict(text='Changes', href='changelog.md')])]
     return dict(website=dict(sidebar=dict(contents=contents)))
 
 # %% ../nbs/27_book.ipynb #be034229
@@ -243,17 +269,21 @@ def stage(root, # the checkout
          ) -> Path: # book
     "Everything that is rendered, in one folder"
     root, book = Path(root), Path(book)
-    chapters, results = sorted((root/'nbs').glob('[0-9]*.ipynb')), sorted(f.parent for f in (root/'reports'/'results').glob('*/metrics.json'))
+    chapters, results = (sorted((root/'nbs').glob('[0-9]*.ipynb')),
+                         sorted(f.parent for f in (root/'reports'/'results').glob('*/metrics.json')))
     shutil.rmtree(book, ignore_errors=True); (book/'reports').mkdir(parents=True)
-    for f in progress([*chapters, root/'nbs'/'index.ipynb'], desc='stage', after=2.): nbformat.write(page(f), book/f'{page_name(f)}.ipynb')
+    for f in progress([*chapters, root/'nbs'/'index.ipynb'], desc='stage', after=2.):
+        nbformat.write(page(f), book/f'{page_name(f)}.ipynb')
     for r in results:
         shutil.copytree(r/'figures', book/'reports'/r.name); shutil.copy(r/'metrics.json', book/'reports'/r.name)
         nbformat.write(report_page(r), book/'reports'/f'{r.name}.ipynb')
     (book/'reports'/'index.md').write_text(gallery([*map(facts, results)]))
-    (book/'changelog.md').write_text((root/'CHANGELOG.md').read_text()); (book/'contributing.md').write_text(Linker()((root/'nbs'/'contributing.md').read_text()))
+    (book/'changelog.md').write_text((root/'CHANGELOG.md').read_text())
+    (book/'contributing.md').write_text(Linker()((root/'nbs'/'contributing.md').read_text()))
     for n in ('_quarto.yml', 'styles.css', 'site.html'): shutil.copy(root/'nbs'/n, book)
     shutil.copytree(root/'nbs'/'images', book/'images')
-    (book/'sidebar.yml').write_text(yaml.safe_dump(sidebar(chapters, [r.name for r in results]), allow_unicode=True, sort_keys=False))
+    (book/'sidebar.yml').write_text(yaml.safe_dump(sidebar(chapters, [r.name for r in results]),
+                                                   allow_unicode=True, sort_keys=False))
     return book
 
 # %% ../nbs/27_book.ipynb #622f901c
@@ -265,7 +295,8 @@ def mathml(tex, # a formula
     "A formula as MathML; `ValueError` names a command that is not understood"
     from latex2mathml.converter import convert
     m = convert(tex, display='block' if display else 'inline')
-    if bad := re.findall(r'\\[a-zA-Z]+', m): raise ValueError(f'{bad[0]} in the formula {tex!r} is not understood: write it in plainer TeX')
+    if bad := re.findall(r'\\[a-zA-Z]+', m):
+        raise ValueError(f'{bad[0]} in the formula {tex!r} is not understood: write it in plainer TeX')
     return re.sub(r'<mi mathvariant="double-struck">(\w)</mi>', lambda m: f'<mi>{_double[m[1]]}</mi>', m)
 
 # %% ../nbs/27_book.ipynb #870b719c
@@ -320,7 +351,8 @@ def broken_links(site # folder with HTML
 # %% ../nbs/27_book.ipynb #7ef2af6e
 def find_browser() -> str|None:
     "Path of Chromium or Chrome; None if there is none"
-    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
+    return next(filter(None, map(shutil.which, ('chromium', 'chromium-browser',
+                                                'google-chrome', 'google-chrome-stable'))), None)
 
 # %% ../nbs/27_book.ipynb #9b07b50e
 class _Quiet(SimpleHTTPRequestHandler):
@@ -336,12 +368,17 @@ class Served:
 
 # %% ../nbs/27_book.ipynb #8fbb4ea4
 _ask = """async () => {
-  const out = [], body = document.querySelector('main') || document.body, wide = document.documentElement.scrollWidth - window.innerWidth;
+  const out = [], body = document.querySelector('main') || document.body,\
+ wide = document.documentElement.scrollWidth - window.innerWidth;
   for (const i of document.images) i.loading = 'eager';
-  for (const i of document.images) await i.decode().catch(() => out.push('figure does not load: ' + i.src.slice(0, 80)));
-  for (const m of document.querySelectorAll('math')) if (!m.getBoundingClientRect().width) out.push('formula without a size: ' + m.textContent);
+  for (const i of document.images)\
+ await i.decode().catch(() => out.push('figure does not load: ' + i.src.slice(0, 80)));
+  for (const m of document.querySelectorAll('math'))\
+ if (!m.getBoundingClientRect().width) out.push('formula without a size: ' + m.textContent);
   const t = document.createTreeWalker(body, NodeFilter.SHOW_TEXT);
-  while (t.nextNode()) if (!t.currentNode.parentElement.closest('pre,code,script,style,math') && /\\\\\\(|\\\\\\[|\\$[^$\\s][^$]*\\$/.test(t.currentNode.data)) out.push('raw TeX: ' + t.currentNode.data.trim().slice(0, 60));
+  while (t.nextNode()) if (!t.currentNode.parentElement.closest('pre,code,script,style,math') &&\
+ /\\\\\\(|\\\\\\[|\\$[^$\\s][^$]*\\$/.test(t.currentNode.data))\
+ out.push('raw TeX: ' + t.currentNode.data.trim().slice(0, 60));
   if (wide > 1) out.push('page is ' + wide + ' pixels wider than its window');
   return out; }"""
 
@@ -353,14 +390,17 @@ def problems(tab, # of Playwright
             ) -> list: # one line per problem
     "What a browser finds wrong with a page"
     seen, size = [], lambda w: tab.set_viewport_size(dict(width=w, height=900))
-    handlers = dict(console=lambda m: seen.append(f'console: {m.text}') if m.type in ('error', 'warning') else None, pageerror=lambda e: seen.append(f'script: {e}'),
-                    requestfailed=lambda r: seen.append(f'request fails: {r.url[:100]}'), response=lambda r: seen.append(f'{r.status}: {r.url[:100]}') if r.status >= 400 else None)
+    handlers = dict(console=lambda m: seen.append(f'console: {m.text}') if m.type in ('error', 'warning') else None,
+                    pageerror=lambda e: seen.append(f'script: {e}'),
+                    requestfailed=lambda r: seen.append(f'request fails: {r.url[:100]}'),
+                    response=lambda r: seen.append(f'{r.status}: {r.url[:100]}') if r.status >= 400 else None)
     tab.goto('about:blank')                      # what an earlier page still waits for is no problem of this one
     for k, f in handlers.items(): tab.on(k, f)
     size(widths[0]); tab.goto(url, wait_until='load')
     for w in widths:
         size(w); seen += [f'{p} ({w} pixels)' for p in tab.evaluate(_ask)]
-        if shots: tab.screenshot(path=f'{shots}-{w}.png', full_page=True, timeout=300_000)      # a chapter can be 40,000 pixels tall
+        if shots:                                # a chapter can be 40,000 pixels tall
+            tab.screenshot(path=f'{shots}-{w}.png', full_page=True, timeout=300_000)
     for k, f in handlers.items(): tab.remove_listener(k, f)
     return seen
 
@@ -369,31 +409,36 @@ class Browser:
     "The machine's Chromium, headless, while a `with` block lasts; gives a tab"
     def __enter__(self):
         from playwright.sync_api import sync_playwright
-        if not (exe := find_browser()): raise FileNotFoundError('no Chromium or Chrome on the PATH: install one (apt-get install chromium)')
+        if not (exe := find_browser()):
+            raise FileNotFoundError('no Chromium or Chrome on the PATH: install one (apt-get install chromium)')
         self.pw = sync_playwright().start()
         self.chromium = self.pw.chromium.launch(executable_path=exe, args=['--no-sandbox'])
         return self.chromium.new_context(permissions=['clipboard-read', 'clipboard-write']).new_page()
     def __exit__(self, *args): self.chromium.close(); self.pw.stop()
 
 # %% ../nbs/27_book.ipynb #e0a4c7d2
-_foreign = {'.css': r'@import[^;]*https?:[^;]*', '.html': r'<(?:script|img|iframe)[^>]*src="https?:[^"]*|<link[^>]*rel="stylesheet"[^>]*href="https?:[^"]*'}
+_foreign = {'.css': r'@import[^;]*https?:[^;]*',
+            '.html': r'<(?:script|img|iframe)[^>]*src="https?:[^"]*|<link[^>]*rel="stylesheet"[^>]*href="https?:[^"]*'}
 
 def elsewhere(site # folder with HTML
              ) -> list: # 'file: what'
     "What pages and styles would fetch from other places"
     site = Path(site)
-    return [f'{f.relative_to(site)}: {m[0][:100]}' for k, p in _foreign.items() for f in sorted(site.rglob(f'*{k}')) for m in re.finditer(p, f.read_text())]
+    return [f'{f.relative_to(site)}: {m[0][:100]}' for k, p in _foreign.items()
+            for f in sorted(site.rglob(f'*{k}')) for m in re.finditer(p, f.read_text())]
 
 # %% ../nbs/27_book.ipynb #fb0789c3
 def check_site(site, # folder with HTML
                shots=None # folder for pictures of each page; None: none
               ) -> list: # 'page: problem'
     "Open every page in a real browser; links are checked too"
-    site, bad = Path(site), [f'broken link in {b}' for b in broken_links(site)] + [f'fetched from elsewhere: {b}' for b in elsewhere(site)]
+    site, bad = Path(site), ([f'broken link in {b}' for b in broken_links(site)]
+                             + [f'fetched from elsewhere: {b}' for b in elsewhere(site)])
     with Served(site) as url, Browser() as tab:
         for f in progress(sorted(site.rglob('*.html')), desc='check', after=2.):
             name = f.relative_to(site).as_posix()
-            bad += [f'{name}: {p}' for p in problems(tab, url + name, shots=shots and Path(shots)/name[:-5].replace('/', '-'))]
+            bad += [f'{name}: {p}'
+                    for p in problems(tab, url + name, shots=shots and Path(shots)/name[:-5].replace('/', '-'))]
     return bad
 
 # %% ../nbs/27_book.ipynb #e1e4a2ca
@@ -402,7 +447,8 @@ def sdiff_site(
 ):
     "Console script: make the site, print its folder; with --check open every page in a browser"
     p = argparse.ArgumentParser('sdiff_site', description='Make the site of the book in _book/_site.')
-    p.add_argument('--quarto', action='store_true', help='render with Quarto, as the published site is (default: smalldocs)')
+    p.add_argument('--quarto', action='store_true',
+                   help='render with Quarto, as the published site is (default: smalldocs)')
     p.add_argument('--check', action='store_true', help='open every page in Chromium; exit 1 and list what is wrong')
     p.add_argument('--shots', help='folder for a screenshot of every page at two widths; implies --check')
     a = p.parse_args(argv)

@@ -27,7 +27,8 @@ def refuse_pickle(
     with open(path, 'rb') as f: h = f.read(9)
     pickled = h[:1] == b'\x80' and h[1:2] in (b'\2', b'\3', b'\4', b'\5') and h[8:] != b'{'
     if h[:4] == b'PK\3\4' or pickled or Path(path).suffix in ('.pt', '.pth', '.pkl', '.pickle', '.ckpt'):
-        raise ValueError(f"'{Path(path).name}' is a pickle: to read one is to run the program in it; convert it once, with torch.load(..., weights_only=True) and save_weights")
+        raise ValueError(f"'{Path(path).name}' is a pickle: to read one is to run the program in it; "
+                         "convert it once, with torch.load(..., weights_only=True) and save_weights")
 
 # %% ../nbs/14_checkpoints.ipynb #2b804656
 def sync(
@@ -51,7 +52,9 @@ def durable(
 # %% ../nbs/14_checkpoints.ipynb #d2821228
 def _note(t, path, tensors, names):
     "Put `t` into `tensors` under a name made of its path; memory that is met twice is kept once"
-    if t.layout != torch.strided or t.is_quantized or t.is_meta: raise TypeError(f'{_at(path)} is a {t.layout} {t.dtype} tensor on {t.device}: only dense tensors with data can be kept')
+    if t.layout != torch.strided or t.is_quantized or t.is_meta:
+        raise TypeError(f'{_at(path)} is a {t.layout} {t.dtype} tensor on {t.device}: '
+                        'only dense tensors with data can be kept')
     t = t.detach().resolve_conj().resolve_neg()
     key = t.data_ptr(), t.device, t.dtype, t.shape, t.stride()
     if key not in names:
@@ -78,7 +81,9 @@ def flatten(
         if isinstance(o, list): return [walk(v, (*path, i)) for i,v in enumerate(o)]
         if isinstance(o, float) and o-o != 0: return {'$float': str(o)}
         if o is None or isinstance(o, (bool, int, float, str)): return o
-        raise TypeError(f'{_at(path)} is a {type(o).__module__}.{type(o).__name__}: only tensors and JSON values can be kept; turn arrays into tensors, objects into their state_dict')
+        raise TypeError(f'{_at(path)} is a {type(o).__module__}.{type(o).__name__}: '
+                        'only tensors and JSON values can be kept; '
+                        'turn arrays into tensors, objects into their state_dict')
     return walk(state, (root,)), tensors
 
 # %% ../nbs/14_checkpoints.ipynb #b97d8cf2
@@ -175,7 +180,8 @@ def _write_shard(path, part, token):
     with replacing(path) as t:
         save_file({k: p if p.dtype in _native else _bytes(p) for k,p in pieces.items()}, t, metadata=dict(save=save))
         sync(t)
-        facts = dict(save=save, bytes=t.stat().st_size, head=zlib.crc32(_head(t)[0]), crc={k: crc(p) for k,p in pieces.items()})
+        facts = dict(save=save, bytes=t.stat().st_size, head=zlib.crc32(_head(t)[0]),
+                     crc={k: crc(p) for k,p in pieces.items()})
         room = torch.empty(max(p.nbytes for p in pieces.values()), dtype=torch.uint8)
         for k,(a,b) in _check(t, facts).items(): _fill(t, k, a, room[:b-a], facts['crc'][k])
     return facts
@@ -191,7 +197,8 @@ def _write_index(path, facts):
 def _read_index(path):
     try: o = json.loads(path.read_bytes())
     except ValueError as e: raise Damaged(f'{path.name} is no longer JSON ({e})') from None
-    if not isinstance(o, dict) or _sum(o) != o.get('crc'): raise Damaged(f'{path.name} has changed, its checksum is wrong')
+    if not isinstance(o, dict) or _sum(o) != o.get('crc'):
+        raise Damaged(f'{path.name} has changed, its checksum is wrong')
     return o
 
 # %% ../nbs/14_checkpoints.ipynb #f757f329
@@ -202,7 +209,8 @@ class Store:
         keep=3,      # how many of the latest to keep; the best one stays besides
         shard=2**27, # bytes of tensors per file, at most; up to 2**30
     ):
-        if keep < 1 or not 1 <= shard <= 2**30: raise ValueError(f'keep={keep} has to be at least 1, and shard={shard} from 1 to 2**30 bytes')
+        if keep < 1 or not 1 <= shard <= 2**30:
+            raise ValueError(f'keep={keep} has to be at least 1, and shard={shard} from 1 to 2**30 bytes')
         if Path(folder).is_file(): refuse_pickle(folder)
         check_writable(folder)
         self.folder,self.keep,self.shard = Path(folder),keep,shard
@@ -210,7 +218,8 @@ class Store:
     def steps(self):
         "Steps of the checkpoints, in the order of their saves"
         return list(dict.fromkeys(map(_step, self._indexes())))
-    def _indexes(self): return sorted((p for p in self.folder.iterdir() if re.fullmatch(r'\d+-step\d+\.json', p.name)), key=_serial)
+    def _indexes(self):
+        return sorted((p for p in self.folder.iterdir() if re.fullmatch(r'\d+-step\d+\.json', p.name)), key=_serial)
 
 def _serial(path): return int(path.stem.split('-step')[0])
 def _step(path): return int(path.stem.split('-step')[1])
@@ -225,7 +234,10 @@ def preflight(self:Store,
     size = state if isinstance(state, int) else sum(t.nbytes for t in flatten(state)[1].values())
     if copies is None: copies = max(1, self.keep + 2 - len(self._indexes()))
     need, free = copies*int(size*1.02 + 2**20), shutil.disk_usage(self.folder).free
-    if free < need: raise OSError(errno.ENOSPC, f"'{self.folder}' has {si(free, 'B')} free, {copies} checkpoint{'s' if copies>1 else ''} need{'' if copies>1 else 's'} {si(need, 'B')}: free some space, or keep fewer than {self.keep}")
+    if free < need:
+        raise OSError(errno.ENOSPC, f"'{self.folder}' has {si(free, 'B')} free, "
+                      f"{copies} checkpoint{'s' if copies>1 else ''} need{'' if copies>1 else 's'} {si(need, 'B')}: "
+                      f"free some space, or keep fewer than {self.keep}")
 
 # %% ../nbs/14_checkpoints.ipynb #eab1bcb9
 @contextmanager
@@ -235,7 +247,9 @@ def _alone(folder):
     fd = os.open(folder, os.O_RDONLY)
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise OSError(errno.EBUSY, f"another process is saving into '{folder}': give each training its own folder") from None
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, f"another process is saving into '{folder}': "
+                                       "give each training its own folder") from None
         yield
     finally: os.close(fd)
 
@@ -278,7 +292,8 @@ def _write(self:Store, step, tensors, facts):
     stem, parts = f'{serial:06d}-step{step}', pack(tensors, self.shard)
     names, token = [f'{stem}-{i+1}of{len(parts)}.safetensors' for i in range(len(parts))], secrets.token_hex(4)
     try:
-        with ThreadPoolExecutor(2) as ex: shards = dict(zip(names, ex.map(lambda n,p: _write_shard(self.folder/n, p, token), names, parts)))
+        with ThreadPoolExecutor(2) as ex:
+            shards = dict(zip(names, ex.map(lambda n,p: _write_shard(self.folder/n, p, token), names, parts)))
         sync(self.folder)
         _write_index(self.folder/f'{stem}.json', facts | dict(shards=shards))
     except BaseException:
@@ -307,7 +322,8 @@ def save(self:Store,
     except (OSError, SafetensorError, Damaged) as e:
         no = getattr(e, 'errno', None) or int((re.findall(r'os error (\d+)', str(e)) or [errno.EIO])[0])
         why = os.strerror(no) if isinstance(e, SafetensorError) else getattr(e, 'strerror', None) or e
-        raise OSError(no, f"saving step {step} into '{self.folder}' failed, earlier checkpoints are untouched: {why}") from e
+        raise OSError(no, f"saving step {step} into '{self.folder}' failed, "
+                          f"earlier checkpoints are untouched: {why}") from e
 
 # %% ../nbs/14_checkpoints.ipynb #b6e3e198
 def _blank(tree):
@@ -324,13 +340,15 @@ def _read(self:Store, index):
     o = _read_index(index)
     flat, jobs = _blank(o['state']), []
     with ThreadPoolExecutor(os.cpu_count()) as ex:
-        for (name,facts),where in zip(o['shards'].items(), ex.map(lambda n: _check(self.folder/n, o['shards'][n]), o['shards'])):
+        for (name,facts),where in zip(o['shards'].items(),
+                                      ex.map(lambda n: _check(self.folder/n, o['shards'][n]), o['shards'])):
             for key,(a,b) in where.items():
                 base, _, i = key.partition(':')
                 at = int(i or 0)*flat[base].element_size()
                 jobs.append((self.folder/name, key, a, _bytes(flat[base])[at:at+b-a], facts['crc'][key]))
         list(ex.map(lambda j: _fill(*j), jobs))
-    return AttrDict(step=o['step'], state=unflatten(o['state'], flat), config=unflatten(o['config'], {}), score=unflatten(o['score'], {}))
+    return AttrDict(step=o['step'], state=unflatten(o['state'], flat),
+                    config=unflatten(o['config'], {}), score=unflatten(o['score'], {}))
 
 # %% ../nbs/14_checkpoints.ipynb #79e39a31
 @patch
@@ -355,7 +373,9 @@ def _find(self:Store, step):
     "The index of a step, or of the best score"
     if step == 'best': found = _best(self._scores())
     else: found = next((p for p in reversed(self._indexes()) if _step(p) == step), None)
-    if not found: raise LookupError(f"no checkpoint {'with a score' if step == 'best' else f'of step {step}'} in '{self.folder}', there are steps {self.steps()}")
+    if not found:
+        raise LookupError(f"no checkpoint {'with a score' if step == 'best' else f'of step {step}'} "
+                          f"in '{self.folder}', there are steps {self.steps()}")
     return found
 
 # %% ../nbs/14_checkpoints.ipynb #83bb2ff3
@@ -394,13 +414,17 @@ def kept(
     until=None,  # seconds since 1970, as time.time(); nothing new is begun after it; None: no limit
 ): # dict job -> result
     "The results of all jobs, computed where no file has them; `TimeoutError` if time was up before the last one began"
-    f, run, todo = partial(_keep, compute=compute, folder=folder, until=until), Run.current, [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()]
-    if len({_file(folder, j) for j in jobs}) < len({*jobs}): raise ValueError('two jobs have one file name: their fields differ only in spaces or signs')
+    f, run, todo = (partial(_keep, compute=compute, folder=folder, until=until), Run.current,
+                    [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()])
+    if len({_file(folder, j) for j in jobs}) < len({*jobs}):
+        raise ValueError('two jobs have one file name: their fields differ only in spaces or signs')
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         if min(workers, len(todo)) > 1 and sys.platform == 'linux':
-            with multiprocessing.get_context('fork').Pool(workers, maxtasksperchild=1) as pool: [*progress(pool.imap_unordered(f, todo), len(todo), desc)]
+            with multiprocessing.get_context('fork').Pool(workers, maxtasksperchild=1) as pool:
+                [*progress(pool.imap_unordered(f, todo), len(todo), desc)]
         else: [f(j) for j in progress(todo, desc=desc)]
     finally: Run.current = run
-    if missing := [j for j in jobs if not _file(folder, j).exists()]: raise TimeoutError(f'{len(missing)} {desc} were not begun in time: run again to go on')
+    if missing := [j for j in jobs if not _file(folder, j).exists()]:
+        raise TimeoutError(f'{len(missing)} {desc} were not begun in time: run again to go on')
     return {j: torch.load(_file(folder, j), weights_only=False) for j in jobs}

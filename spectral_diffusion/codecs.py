@@ -35,7 +35,9 @@ class Codec(nn.Module):
     def synthesise(self, z): return z
     def stats(self, of, z):
         "Mean and std of each channel, ready to broadcast over latents"
-        if of not in self.bound: raise ValueError(f"there are statistics of {', '.join(map(repr, self.bound))}, none of '{of}': fit(x, '{of}')")
+        if of not in self.bound:
+            raise ValueError(f"there are statistics of {', '.join(map(repr, self.bound))}, "
+                             f"none of '{of}': fit(x, '{of}')")
         return (getattr(self, f'{k}_{of}').to(z).view(-1, *[1]*(z.ndim-2)) for k in ('mean', 'std'))
     def encode(self, x, of='image'):
         z = self.analyse(x)
@@ -54,7 +56,9 @@ def latent_shape(codec:Codec, # any
     p = next(iter(codec.state_dict().values()), torch.zeros(()))
     z = codec.encode(torch.zeros(1, *shape, device=p.device))
     back = tuple(codec.decode(z).shape[1:])
-    if back != tuple(shape): raise ValueError(f'the codec turns fields of {tuple(shape)} into latents of {tuple(z.shape[1:])} and those into fields of {back}: choose a size that its blocks divide')
+    if back != tuple(shape):
+        raise ValueError(f'the codec turns fields of {tuple(shape)} into latents of {tuple(z.shape[1:])} '
+                         f'and those into fields of {back}: choose a size that its blocks divide')
     return tuple(z.shape[1:])
 
 # %% ../nbs/18_codecs.ipynb #bf3b29a0
@@ -75,13 +79,17 @@ def butterfly(x:Tensor, # (B, C, *S), even sides; back: (B, 2^d C, *S)
              ) -> Tensor: # (B, 2^d C, *S/2), channels as in `block_matrix`; back: (B, C, *2S)
     "One level of Haar by sums and differences, without a gradient"
     (B, C, *S), d = x.shape, x.ndim - 2
-    if not back and any(n % 2 for n in S): raise ValueError(f'a field of {tuple(S)} cannot be cut into blocks of side 2')
+    if not back and any(n % 2 for n in S):
+        raise ValueError(f'a field of {tuple(S)} cannot be cut into blocks of side 2')
     full = [2*n for n in S] if back else S; half = [n//2 for n in full]
     x = x.reshape(-1, 2**d if back else 1, *S); out = x.new_empty(len(x), *((1, *full) if back else (2**d, *half)))
-    size = math.prod(x.shape[1:]); n = max(1, 2**18//size); room = x.new_empty(2, n*size)                   # a megabyte; two rooms are written in turn
+    # a megabyte; two rooms are written in turn
+    size = math.prod(x.shape[1:]); n = max(1, 2**18//size); room = x.new_empty(2, n*size)
     for y, o in zip(x.split(n), out.split(n)):
-        for i, k in enumerate(range(d) if back else reversed(range(d))):            # there: the last dim first, where pairs are neighbours
-            m = 2**(d-1-i) if back else 2**i; shape = (m, *full[:k+1], *half[k+1:]) if back else (2*m, *full[:k], *half[k:])
+        # there: the last dim first, where pairs are neighbours
+        for i, k in enumerate(range(d) if back else reversed(range(d))):
+            m = 2**(d-1-i) if back else 2**i
+            shape = (m, *full[:k+1], *half[k+1:]) if back else (2*m, *full[:k], *half[k:])
             z = o if i == d-1 else room[i % 2, :y.numel()].view(len(y), *shape)
             pairs = lambda v: v.unflatten(2+k, (-1, 2)).unbind(3+k)
             (a, b), (p, q) = (y.split(m, 1), pairs(z)) if back else (pairs(y), z.split(m, 1))
@@ -104,8 +112,11 @@ class Blocks(Codec):
         d = y.ndim - 2; M = block_matrix(self.basis, self.k, d).to(y)
         return ((M.T if back else M) @ y.reshape(-1, self.k**d, math.prod(y.shape[2:]))).view_as(y)
     def _one_level(self, x): return self.basis == 'haar' and self.k == 2 and not x.requires_grad
-    def analyse(self, x): return butterfly(x) if self._one_level(x) else self._turn(patchify(x, (self.k,)*(x.ndim-2)))
-    def synthesise(self, z): return butterfly(z, True) if self._one_level(z) else unpatchify(self._turn(z.contiguous(), True), (self.k,)*(z.ndim-2))
+    def analyse(self, x):
+        return butterfly(x) if self._one_level(x) else self._turn(patchify(x, (self.k,)*(x.ndim-2)))
+    def synthesise(self, z):
+        return (butterfly(z, True) if self._one_level(z)
+                else unpatchify(self._turn(z.contiguous(), True), (self.k,)*(z.ndim-2)))
 
 # %% ../nbs/18_codecs.ipynb #dd0a54a6
 def SpaceToDepth(k:int=2 # side of a block
@@ -128,7 +139,8 @@ def digest(codec:Codec) -> str: # 16 hex digits
     "A hash of what the codec is and has learned, without its statistics"
     h = hashlib.sha256(json.dumps([type(codec).__name__, codec.config], sort_keys=True).encode())
     for k, v in sorted(codec.state_dict().items()):
-        if not k.startswith(('mean_', 'std_')): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if not k.startswith(('mean_', 'std_')):
+            h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 # %% ../nbs/18_codecs.ipynb #36a97528
@@ -139,8 +151,11 @@ def set_stats(self:Codec, mean, # per channel, or one for all
               bound:str=None # digest of the weights that they belong to; None: the present ones
              ) -> Codec:
     "Shift and scale of the latent's channels"
-    for k, v in (('mean', mean), ('std', std)): self.register_buffer(f'{k}_{of}', torch.as_tensor(v, dtype=torch.float32).flatten().clone())
-    if not (getattr(self, f'std_{of}') > 0).all(): raise ValueError(f"channels {(getattr(self, f'std_{of}') <= 0).nonzero().flatten().tolist()} of the latents of '{of}' never change: leave them out, or fit on more fields")
+    for k, v in (('mean', mean), ('std', std)):
+        self.register_buffer(f'{k}_{of}', torch.as_tensor(v, dtype=torch.float32).flatten().clone())
+    if not (getattr(self, f'std_{of}') > 0).all():
+        raise ValueError(f"channels {(getattr(self, f'std_{of}') <= 0).nonzero().flatten().tolist()} "
+                         f"of the latents of '{of}' never change: leave them out, or fit on more fields")
     self.bound[of] = bound or digest(self)
     return self
 
@@ -154,7 +169,8 @@ def fit(self:Codec, x:Tensor, # fields, (N, C, *S)
     "Measure mean and total standard deviation of each channel"
     n, s, q = 0, 0., 0.
     for b in x.split(batch):
-        z = self.analyse(b).double().transpose(0, 1).flatten(1); c = z[:, :1] if n == 0 else c   # sums about a value of the data: no digits are lost
+        z = self.analyse(b).double().transpose(0, 1).flatten(1)
+        c = z[:, :1] if n == 0 else c                       # sums about a value of the data: no digits are lost
         n, s, q = n + z.shape[1], s + (z - c).sum(1), q + (z - c).square().sum(1)
     return self.set_stats(c[:,0] + s/n, (q/n - (s/n)**2).clamp(min=0).sqrt(), of)
 
@@ -163,8 +179,11 @@ def fit(self:Codec, x:Tensor, # fields, (N, C, *S)
 def check(self:Codec) -> Codec:
     "Refuse statistics that belong to other weights, and a learned codec without any"
     now = digest(self)
-    if not self.bound and next(self.parameters(), None) is not None: raise ValueError(f'this {type(self).__name__} has no statistics: fit it to data first')
-    if bad := [k for k, v in self.bound.items() if v != now]: raise ValueError(f"the statistics of {', '.join(map(repr, bad))} were fitted when the codec's weights were {self.bound[bad[0]]}, they are {now} now: fit them again")
+    if not self.bound and next(self.parameters(), None) is not None:
+        raise ValueError(f'this {type(self).__name__} has no statistics: fit it to data first')
+    if bad := [k for k, v in self.bound.items() if v != now]:
+        raise ValueError(f"the statistics of {', '.join(map(repr, bad))} were fitted when the codec's weights "
+                         f"were {self.bound[bad[0]]}, they are {now} now: fit them again")
     return self
 
 # %% ../nbs/18_codecs.ipynb #0e1d4e9c
@@ -173,7 +192,9 @@ def save_codec(codec:Codec, # with its statistics
               ):
     "Everything that `load_codec` needs"
     about = dict(kind=type(codec).__name__, config=codec.config, bound=codec.check().bound, digest=digest(codec))
-    with durable(path) as t: save_file({k: v.contiguous() for k, v in codec.state_dict().items()} or {'none': torch.zeros(1)}, t, metadata=dict(codec=json.dumps(about)))
+    with durable(path) as t:
+        save_file({k: v.contiguous() for k, v in codec.state_dict().items()} or {'none': torch.zeros(1)}, t,
+                  metadata=dict(codec=json.dumps(about)))
 
 # %% ../nbs/18_codecs.ipynb #bd578bd4
 def load_codec(path # file from `save_codec`
@@ -183,11 +204,15 @@ def load_codec(path # file from `save_codec`
     with safe_open(path, 'pt') as f: about = json.loads((f.metadata() or {}).get('codec', 'null'))
     if not about: raise ValueError(f"'{name}' holds no codec: write it with save_codec")
     kinds = {k.__name__: k for k in _all(Codec)}
-    if about['kind'] not in kinds: raise ValueError(f"'{name}' holds a {about['kind']}, which is not known here: import the module that defines it")
+    if about['kind'] not in kinds:
+        raise ValueError(f"'{name}' holds a {about['kind']}, which is not known here: "
+                         "import the module that defines it")
     codec, state = kinds[about['kind']](**about['config']), load_file(path); state.pop('none', None)
     for of, bound in about['bound'].items(): codec.set_stats(state[f'mean_{of}'], state[f'std_{of}'], of, bound)
     codec.load_state_dict(state)
-    if digest(codec) != about['digest']: raise ValueError(f"the weights in '{name}' are {digest(codec)}, saved were {about['digest']}: the file was changed")
+    if digest(codec) != about['digest']:
+        raise ValueError(f"the weights in '{name}' are {digest(codec)}, "
+                         f"saved were {about['digest']}: the file was changed")
     return codec.eval().check()
 
 def _all(cls): return {cls} | {k for c in cls.__subclasses__() for k in _all(c)}
@@ -203,11 +228,17 @@ class Latent(nn.Module):
         cond=None # condition for one item, where the denoiser needs one
     ):
         super().__init__()
-        self.denoiser,self.codec,self.schedule,self.clamp,self.shape = denoiser,codec.check(),denoiser.schedule,clamp,latent_shape(codec, shape)
+        self.denoiser,self.codec,self.schedule,self.clamp,self.shape = (
+            denoiser,codec.check(),denoiser.schedule,clamp,latent_shape(codec, shape))
         try:
-            with torch.no_grad(): answer = tuple(denoiser(torch.zeros(1, *self.shape, device=next((p.device for p in getattr(denoiser, 'parameters', tuple)()), None)), .5, cond).shape[1:])
+            with torch.no_grad():
+                answer = tuple(denoiser(torch.zeros(1, *self.shape, device=next(
+                    (p.device for p in getattr(denoiser, 'parameters', tuple)()), None)), .5, cond).shape[1:])
         except (RuntimeError, ValueError) as e: answer = f'an error ({str(e).splitlines()[0]})'
-        if answer != self.shape: raise ValueError(f'the codec turns fields of {tuple(shape)} into latents of {self.shape}, to which the network answers with {answer}: build it for {self.shape[0]} channels and that size')
+        if answer != self.shape:
+            raise ValueError(f'the codec turns fields of {tuple(shape)} into latents of {self.shape}, '
+                             f'to which the network answers with {answer}: '
+                             f'build it for {self.shape[0]} channels and that size')
     def forward(self, z, t, cond=None):
         z0 = self.denoiser(z, t, cond)
         return self.codec.encode(self.codec.decode(z0).clamp(-1, 1)) if self.clamp else z0
@@ -219,7 +250,10 @@ class InField(nn.Module):
         latent:Latent # its codec is a rotation without statistics
     ):
         super().__init__()
-        if not latent.codec.rotation or latent.codec.bound: raise ValueError(f"{type(latent.codec).__name__}{' with statistics' if latent.codec.bound else ''} does not keep white noise white: measure with field_error, which adds the noise to latents")
+        if not latent.codec.rotation or latent.codec.bound:
+            raise ValueError(f"{type(latent.codec).__name__}{' with statistics' if latent.codec.bound else ''} "
+                             "does not keep white noise white: "
+                             "measure with field_error, which adds the noise to latents")
         self.latent,self.schedule = latent,latent.schedule
     def forward(self, x, t, cond=None): c = self.latent.codec; return c.decode(self.latent(c.encode(x), t, cond))
 
@@ -234,7 +268,8 @@ def field_error(latent, # a `Latent`
     "Squared error of decoded answers per log-SNR"
     c, sch = latent.codec, latent.schedule; z0, out = c.encode(x0), []
     for l in logsnrs:
-        eps = c.analyse(noise_like(x0, generator)) if c.rotation else noise_like(z0, generator)       # the same noise as in voxels, turned
+        # the same noise as in voxels, turned
+        eps = c.analyse(noise_like(x0, generator)) if c.rotation else noise_like(z0, generator)
         t = sch.t_of(torch.as_tensor(float(l), dtype=torch.float64)).clamp(min=1e-6)
         out.append((c.decode(latent(sch.corrupt(z0, eps, t), t, cond)) - x0).square().mean())
     return torch.stack(out).cpu()
@@ -251,7 +286,8 @@ class PerBand(nn.Module):
     ):
         super().__init__()
         if target not in ('x0', 'v'): raise ValueError(f"target '{target}' has no scale per band: use x0 or v")
-        self.net,self.sd,self.target = net,sd,target; self.register_buffer('stds', torch.as_tensor(stds).float().flatten())
+        self.net,self.sd,self.target = net,sd,target
+        self.register_buffer('stds', torch.as_tensor(stds).float().flatten())
         self.register_buffer('axes', torch.eye(len(self.stds)) if axes is None else axes)
     def forward(self, x, logsnr, cond=None):
         wide = (-1, *[1]*(x.ndim-2)); s2, r = self.stds.square().view(wide), (-logsnr).exp().view(-1, *wide[1:], 1)
@@ -302,7 +338,8 @@ def to_channels(x:Tensor, # (B, c, *S)
          ) -> Tensor: # (B, o, *S)
     "Means of neighbouring channels, or copies"
     c = x.shape[1]
-    if max(c, o) % min(c, o): raise ValueError(f'{c} channels cannot be averaged or copied to {o}: one has to divide the other')
+    if max(c, o) % min(c, o):
+        raise ValueError(f'{c} channels cannot be averaged or copied to {o}: one has to divide the other')
     return x.unflatten(1, (o, -1)).mean(2) if o <= c else x.repeat_interleave(o//c, 1)
 
 # %% ../nbs/18_codecs.ipynb #402b7252
@@ -311,14 +348,16 @@ class Shuffle(nn.Module):
     def __init__(self, dim, i, o, up=False, short=True):
         super().__init__()
         n = 2**dim
-        if not up and o % n: raise ValueError(f'{o} channels cannot come out of folded blocks of {n}: take a multiple of {n}')
+        if not up and o % n:
+            raise ValueError(f'{o} channels cannot come out of folded blocks of {n}: take a multiple of {n}')
         self.conv,self.o = layer('Conv', dim)(i, o*n if up else o//n, 3, padding=1), o*n if up else o
         self.fold,self.short = (unpatchify if up else patchify), short
         self.up,self.two = up, (2,)*dim
     def forward(self, x):
         y = self.fold(self.conv(x), self.two)
         if not self.short: return y
-        return y + (self.fold(to_channels(x, self.o), self.two) if self.up else to_channels(self.fold(x, self.two), self.o))
+        return y + (self.fold(to_channels(x, self.o), self.two) if self.up
+                    else to_channels(self.fold(x, self.two), self.o))
 
 # %% ../nbs/18_codecs.ipynb #e0eb6833
 class AutoEncoder(Codec):
@@ -335,16 +374,21 @@ class AutoEncoder(Codec):
         short:bool, # shortcuts?
         **config # of a subclass, to be kept in files
     ):
-        super().__init__(**dict(dim=dim, channels=channels, latent=latent, f=f, base=base, most=most, blocks=blocks, short=short), **config)
+        super().__init__(**dict(dim=dim, channels=channels, latent=latent, f=f,
+                                base=base, most=most, blocks=blocks, short=short), **config)
         if f < 2 or f & (f-1): raise ValueError(f'f={f} has to be 2, 4, 8, ...')
         w, conv = [min(base*2**i, most) for i in range(f.bit_length()-1)], layer('Conv', dim)
         res = lambda c: [Res(dim, c) for _ in range(blocks)]
-        steps = lambda ws, up: [m for i, o in zip(ws, ws[1:]) for m in (*(res(i) if up else []), Shuffle(dim, i, o, up, short), *([] if up else res(o)))]
+        steps = lambda ws, up: [m for i, o in zip(ws, ws[1:]) for m in (
+            *(res(i) if up else []), Shuffle(dim, i, o, up, short), *([] if up else res(o)))]
         self.down = nn.Sequential(Shuffle(dim, channels, w[0], short=False), *res(w[0]), *steps(w, False))
         self.inner,self.outer,self.short = conv(w[-1], latent, 3, padding=1), conv(latent, w[-1], 3, padding=1), short
         self.up = nn.Sequential(*steps(w[::-1], True), *res(w[0]), Shuffle(dim, w[0], channels, True, False))
-    def analyse(self, x): h = self.down(x); return self.inner(h) + (to_channels(h, self.inner.out_channels) if self.short else 0)
-    def synthesise(self, z): return self.up(self.outer(z) + (to_channels(z, self.outer.out_channels) if self.short else 0))
+    def analyse(self, x):
+        h = self.down(x)
+        return self.inner(h) + (to_channels(h, self.inner.out_channels) if self.short else 0)
+    def synthesise(self, z):
+        return self.up(self.outer(z) + (to_channels(z, self.outer.out_channels) if self.short else 0))
     def reconstruct(self, x, generator=None): return self.synthesise(self.analyse(x)), 0.
 
 # %% ../nbs/18_codecs.ipynb #c5543888
@@ -361,7 +405,9 @@ def train_codec(codec:AutoEncoder, # trained in place, then put into eval mode
     for i in progress(range(steps), desc='codec'):
         x = next(batches); y, extra = codec.reconstruct(x, generator)
         err = F.mse_loss(y, x); loss = err + extra + sum(f(y, x) for f in terms)
-        if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at step {i+1}: lower lr (now {lr:.2g}) or check the data')
+        if not loss.isfinite():
+            raise FloatingPointError(f'the loss is {loss.item()} at step {i+1}: '
+                                     f'lower lr (now {lr:.2g}) or check the data')
         opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(codec.parameters(), 1.)
         opt.param_groups[0]['lr'] = lr*lr_scale(i, steps, min(50, steps//5)); opt.step(); out.append(err.detach())
     codec.eval()
@@ -386,10 +432,14 @@ def admit(codec:Codec, # that diffusion is to use
          ) -> Score: # gain in dB over block averages
     "Refuse a codec that is not clearly better than averaging blocks"
     shape = latent_shape(codec, tuple(x.shape[1:])); k = [n//m for n, m in zip(x.shape[2:], shape[1:])]
-    mine, average = (torch.cat([psnr(f(b), b) for b in x.split(batch)]) for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
+    mine, average = (torch.cat([psnr(f(b), b) for b in x.split(batch)])
+                     for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
     gain = torch.where(mine.isinf(), mine, mine - average)
-    h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.; s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
-    if not s.low >= least: raise ValueError(f'{s}, needed are {least:g}: train the codec longer, or give it more channels or a smaller f')
+    h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.
+    s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
+    if not s.low >= least:
+        raise ValueError(f'{s}, needed are {least:g}: '
+                         'train the codec longer, or give it more channels or a smaller f')
     return s
 
 # %% ../nbs/18_codecs.ipynb #afa2b273
@@ -413,7 +463,8 @@ class DCAE(AutoEncoder):
         short:bool=True, # shortcuts? without them it is a plain autoencoder
         options=(), # numbers of channels to train with; (): always all
     ):
-        if bad := [c for c in options if not 0 < c <= latent]: raise ValueError(f'options {bad} are no numbers of channels of a latent with {latent}')
+        if bad := [c for c in options if not 0 < c <= latent]:
+            raise ValueError(f'options {bad} are no numbers of channels of a latent with {latent}')
         super().__init__(dim, channels, latent, f, base, most, blocks, short, options=list(options))
     def reconstruct(self, x, generator=None):
         o = self.config['options']; z = self.analyse(x)
@@ -434,7 +485,8 @@ class Perceptual:
             if i in self.taps: yield F.normalize(x, dim=1)
     def __call__(self, y, x):
         pairs = [(y, x)] if x.ndim == 4 else zip(triplanar(y, self.slices), triplanar(x, self.slices))
-        return self.weight*sum((a - b).square().sum(1).mean() for v, w in pairs for a, b in zip(self.maps(v), self.maps(w)))
+        return self.weight*sum((a - b).square().sum(1).mean()
+                               for v, w in pairs for a, b in zip(self.maps(v), self.maps(w)))
 
 # %% ../nbs/18_codecs.ipynb #d728293d
 class Adversary:
@@ -448,7 +500,8 @@ class Adversary:
         lr:float=1e-3 # of the critic
     ):
         conv = layer('Conv', dim); self.weight,self.start,self.calls = weight,start,0
-        self.net = nn.Sequential(conv(channels, width, 4, 2, 1), nn.LeakyReLU(.2), conv(width, 2*width, 4, 2, 1), nn.LeakyReLU(.2), conv(2*width, 1, 3, 1, 1))
+        self.net = nn.Sequential(conv(channels, width, 4, 2, 1), nn.LeakyReLU(.2),
+                                 conv(width, 2*width, 4, 2, 1), nn.LeakyReLU(.2), conv(2*width, 1, 3, 1, 1))
         self.opt = torch.optim.Adam(self.net.parameters(), lr, betas=(.5, .9))
     def __call__(self, y, x):
         loss = F.relu(1 - self.net(x)).mean() + F.relu(1 + self.net(y.detach())).mean()
@@ -464,7 +517,8 @@ class PrefixLoss:
     ): self.options,self.g = options,generator
     def __call__(self, D, x0, t, eps, cond=None, weight=None):
         c = self.options[int(torch.randint(len(self.options), (1,), generator=self.g))]
-        seen = SimpleNamespace(schedule=D.schedule, target=D.target, sd=D.sd, predict=lambda x, t, cond: prefix(D.predict(x, t, cond), c))
+        seen = SimpleNamespace(schedule=D.schedule, target=D.target, sd=D.sd,
+                               predict=lambda x, t, cond: prefix(D.predict(x, t, cond), c))
         return denoising_loss(seen, prefix(x0, c), t, prefix(eps, c), cond, weight)*x0.shape[1]/c
 
 # %% ../nbs/18_codecs.ipynb #fc09ec41
@@ -484,14 +538,19 @@ class VQVAE(AutoEncoder):
         super().__init__(dim, channels, latent, f, base, most, blocks, False)
         del self.config['short']; self.config |= dict(codes=codes, revive=revive)
         try: from vector_quantize_pytorch import VectorQuantize
-        except ImportError: raise ImportError("a VQVAE needs vector-quantize-pytorch: pip install 'spectral_diffusion[codecs]'") from None
-        self.vq = VectorQuantize(latent, codebook_size=codes, decay=.99, commitment_weight=.25, threshold_ema_dead_code=revive, rotation_trick=False)
+        except ImportError:
+            raise ImportError("a VQVAE needs vector-quantize-pytorch: "
+                              "pip install 'spectral_diffusion[codecs]'") from None
+        self.vq = VectorQuantize(latent, codebook_size=codes, decay=.99, commitment_weight=.25,
+                                 threshold_ema_dead_code=revive, rotation_trick=False)
     def quantise(self, z, freeze=True):
         "The nearest code of each place, its number, and the commitment loss"
         q, i, commit = self.vq(z.flatten(2).mT, freeze_codebook=freeze)
         return q.mT.view_as(z), i.view(len(z), *z.shape[2:]), commit
     def synthesise(self, z): return super().synthesise(self.quantise(z)[0])
-    def reconstruct(self, x, generator=None): q, _, commit = self.quantise(self.analyse(x), False); return super().synthesise(q), commit.sum()
+    def reconstruct(self, x, generator=None):
+        q, _, commit = self.quantise(self.analyse(x), False)
+        return super().synthesise(q), commit.sum()
 
 # %% ../nbs/18_codecs.ipynb #47de57f2
 @torch.no_grad()

@@ -20,7 +20,8 @@ from .training import denoising_loss
 class Parts(dict):
     "What is known about a batch: tensors (B, ...) by name, moved and cut together"
     def to(self, *args): return Parts({k: v.to(*args) for k,v in self.items()})
-    def __getitem__(self, i): return super().__getitem__(i) if isinstance(i, str) else Parts({k: v[i] for k,v in self.items()})
+    def __getitem__(self, i):
+        return super().__getitem__(i) if isinstance(i, str) else Parts({k: v[i] for k,v in self.items()})
 
 # %% ../nbs/17_conditioning.ipynb #0250fd94
 class Maps(nn.Module):
@@ -53,7 +54,8 @@ class Counts(nn.Module):
         super().__init__()
         wide = [bins*emb] + [hidden or out]*(layers-1)
         self.table,self.none,self.most = nn.Embedding(bins*(most+1), emb), nn.Parameter(torch.randn(bins*emb)), most
-        self.net = nn.Sequential(*[m for i,o in zip(wide, wide[1:]) for m in (nn.Linear(i, o), nn.SiLU())], zero(nn.Linear(wide[-1], out)))
+        self.net = nn.Sequential(*[m for i,o in zip(wide, wide[1:]) for m in (nn.Linear(i, o), nn.SiLU())],
+                                 zero(nn.Linear(wide[-1], out)))
 
     def forward(self, counts, gone, n):
         none = self.none.expand(n, -1)
@@ -67,7 +69,9 @@ class Told(nn.ModuleDict):
     "Sum of the vectors of all parts of a condition that are told with the noise level"
     def forward(self, cond, n):
         cond = cond or {}
-        if bad := cond.keys() - self.keys() - {'gone'}: raise ValueError(f"nobody listens to {', '.join(map(repr, sorted(bad)))}: this network is told {', '.join(self.keys())}")
+        if bad := cond.keys() - self.keys() - {'gone'}:
+            raise ValueError(f"nobody listens to {', '.join(map(repr, sorted(bad)))}: "
+                             f"this network is told {', '.join(self.keys())}")
         return sum(m(cond.get(k), cond.get('gone'), n) for k,m in self.items())
 
 # %% ../nbs/17_conditioning.ipynb #0a102d7c
@@ -105,7 +109,8 @@ modes = dict(
     seg=Mode(lambda image, mask, bins: mask),
     seg_conditioned=Mode(by_bins, bins=dict(emb=32), drop=.15),
     seg_conditioned_input=Mode(lambda image, mask, bins: (mask, Parts(maps=bins/10)), maps=7, drop=.15),
-    seg_cond_improved=Mode(by_bins, bins=dict(emb=64, hidden=512, layers=4), drop=.25, weights=(2.5, 1.8, 1.4, 1.2, 1., 1., 1.)))
+    seg_cond_improved=Mode(by_bins, bins=dict(emb=64, hidden=512, layers=4), drop=.25,
+                           weights=(2.5, 1.8, 1.4, 1.2, 1., 1., 1.)))
 
 # %% ../nbs/17_conditioning.ipynb #076e0075
 def network(
@@ -116,7 +121,8 @@ def network(
     "The network of a mode"
     if mode not in modes: raise ValueError(f"there is no mode '{mode}': use one of {', '.join(modes)}")
     m = modes[mode]
-    parts = (dict(bins=partial(Counts, **m.bins)) if m.bins else {}) | (dict(omega=partial(Omega, dim=omega)) if omega else {})
+    parts = ((dict(bins=partial(Counts, **m.bins)) if m.bins else {})
+             | (dict(omega=partial(Omega, dim=omega)) if omega else {}))
     tell = (lambda size: Told({k: f(size) for k,f in parts.items()})) if parts else None
     return Conditioned(make(channels=1 + m.maps, out=1, tell=tell), m.maps, m.drop)
 
@@ -191,7 +197,9 @@ class Move(NamedTuple):
         d = len(size); P = torch.zeros(d, d)
         for i,(a,f) in enumerate(zip(self.axes, self.flips)): P[i,a] = -1 if f else 1
         box = self.box or [(0, 0)]*d
-        return torch.cat([(P - torch.eye(d)).flatten(), torch.tensor([s/n for s,n in zip(self.shift, size)] + [v/n for b,n in zip(box, size) for v in b])])
+        return torch.cat([(P - torch.eye(d)).flatten(),
+                          torch.tensor([s/n for s,n in zip(self.shift, size)]
+                                       + [v/n for b,n in zip(box, size) for v in b])])
 
 # %% ../nbs/17_conditioning.ipynb #6ca4e4f4
 def identity(d:int # spatial dims
@@ -230,7 +238,8 @@ class Omega(nn.Module):
     "Code of a `Move` -> a vector; 0 at first; without a code: nothing was done"
     def __init__(self, out, dim):
         super().__init__()
-        self.n,self.net = dim*dim + 3*dim, nn.Sequential(nn.Linear(dim*dim + 3*dim, out), nn.SiLU(), zero(nn.Linear(out, out)))
+        self.n,self.net = dim*dim + 3*dim, nn.Sequential(
+            nn.Linear(dim*dim + 3*dim, out), nn.SiLU(), zero(nn.Linear(out, out)))
     def forward(self, code, gone, n): return self.net(self.net[0].weight.new_zeros(n, self.n) if code is None else code)
 
 # %% ../nbs/17_conditioning.ipynb #222351da
@@ -243,7 +252,8 @@ class ScoreAug:
         loss=denoising_loss # (denoiser, x0, t, eps, cond, weight) -> (B,)
     ): self.kinds,self.p,self.told,self.loss = known(kinds, ('spatial', 'translate', 'cutout')),p,told,loss
     def __call__(self, denoiser, x0, t, eps, cond=None, weight=None):
-        if denoiser.schedule.filter: raise ValueError('moves do not commute with a filter: augment under a schedule with white noise')
+        if denoiser.schedule.filter:
+            raise ValueError('moves do not commute with a filter: augment under a schedule with white noise')
         size = x0.shape[2:]
         moves = [draw_move(size, self.kinds) if torch.rand(()) < self.p else identity(len(size)) for _ in x0]
         cond = moved_parts(moves, cond, x0.ndim)
@@ -263,5 +273,6 @@ class SDA:
         plain = self.loss(denoiser, x0, t, eps, cond, weight)
         if torch.rand(()) >= self.p: return plain
         moves = [draw_move(x0.shape[2:], ('spatial',)) for _ in x0]
-        shifted = self.loss(denoiser, *moved(moves, x0), (t + self.delta).clamp(max=1), *moved(moves, eps), moved_parts(moves, cond, x0.ndim) or None, weight)
+        shifted = self.loss(denoiser, *moved(moves, x0), (t + self.delta).clamp(max=1), *moved(moves, eps),
+                            moved_parts(moves, cond, x0.ndim) or None, weight)
         return plain + self.w*shifted

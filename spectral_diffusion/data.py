@@ -28,7 +28,9 @@ def to_field(
     x:Tensor, # uint8, any shape, 0..255
 )->Tensor: # float32, same shape, -1..1
     "Bytes to the range that every schedule assumes"
-    if x.dtype != torch.uint8: raise TypeError(f'to_field takes uint8 in 0..255, got {x.dtype}: floats are fields already, or need their own scaling')
+    if x.dtype != torch.uint8:
+        raise TypeError(f'to_field takes uint8 in 0..255, got {x.dtype}: '
+                        'floats are fields already, or need their own scaling')
     return x.float().div_(127.5).sub_(1)
 
 # %% ../nbs/08_data.ipynb #f86d2829
@@ -37,7 +39,8 @@ def to_uint8(
 )->Tensor: # uint8, same shape
     "The inverse of `to_field`: round and clamp"
     if not x.is_floating_point(): raise TypeError(f'to_uint8 takes a float field in -1..1, got {x.dtype}')
-    if not x.isfinite().all(): raise ValueError(f'to_uint8: {(~x.isfinite()).sum()} of {x.numel()} values are NaN or infinite')
+    if not x.isfinite().all():
+        raise ValueError(f'to_uint8: {(~x.isfinite()).sum()} of {x.numel()} values are NaN or infinite')
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/08_data.ipynb #2e9e8d5f
@@ -47,8 +50,11 @@ def check_field(
     "Refuse a batch of images that is not in [-1, 1]; catches [0, 1] data"
     if not x.is_floating_point(): raise TypeError(f'a field is float in -1..1, got {x.dtype}: use to_field')
     lo, hi = x.min().item(), x.max().item()
-    if not (lo >= -1.01 and hi <= 1.01): raise ValueError(f'a field of images is in -1..1, this one is in {lo:.3g}..{hi:.3g}: scale it, or use to_field on the bytes')
-    if lo >= 0: raise ValueError(f'this looks like [0, 1] data (smallest value {lo:.3g}): a field is in -1..1, use 2*x - 1')
+    if not (lo >= -1.01 and hi <= 1.01):
+        raise ValueError(f'a field of images is in -1..1, this one is in {lo:.3g}..{hi:.3g}: '
+                         'scale it, or use to_field on the bytes')
+    if lo >= 0:
+        raise ValueError(f'this looks like [0, 1] data (smallest value {lo:.3g}): a field is in -1..1, use 2*x - 1')
     return x
 
 # %% ../nbs/08_data.ipynb #c1640856
@@ -61,7 +67,9 @@ def to_mask(x:Tensor # what a network drew, any shape; a mask in fields is 0 and
 def check_mask(m:Tensor # any shape
               ) -> Tensor: # the same
     "Refuse a mask that holds anything but 0 and 1"
-    if len(bad := m[(m != 0) & (m != 1)]): raise ValueError(f'a mask holds {bad[0]:.3g}, and {len(bad)} values in all that are neither 0 nor 1: decide once, with to_mask')
+    if len(bad := m[(m != 0) & (m != 1)]):
+        raise ValueError(f'a mask holds {bad[0]:.3g}, and {len(bad)} values in all that are neither 0 nor 1: '
+                         'decide once, with to_mask')
     return m
 
 # %% ../nbs/08_data.ipynb #a48dea3c
@@ -101,10 +109,12 @@ class Images:
     test_y: Tensor|None = None # (M,) int64 labels
     def __post_init__(self):
         for k,x in dict(train=self.train, test=self.test).items():
-            if x.dtype != torch.uint8 or x.ndim != 4: raise TypeError(f'Images.{k} must be uint8 of shape (N, C, H, W), got {x.dtype} {tuple(x.shape)}')
+            if x.dtype != torch.uint8 or x.ndim != 4:
+                raise TypeError(f'Images.{k} must be uint8 of shape (N, C, H, W), got {x.dtype} {tuple(x.shape)}')
     @property
     def shape(self): return tuple(self.train.shape[1:])
-    def __repr__(self): return f'{self.name}: {len(self.train):,} train + {len(self.test):,} test images, each {self.shape} uint8'
+    def __repr__(self):
+        return f'{self.name}: {len(self.train):,} train + {len(self.test):,} test images, each {self.shape} uint8'
 
 # %% ../nbs/08_data.ipynb #83747e3b
 def digits(
@@ -239,7 +249,8 @@ def texture(
     g:torch.Generator, # source of all choices
 )->Tensor: # (n, size, size), within [-1, 1]
     "Waves of one frequency, direction and phase in a Gaussian window of width .25"
-    (y, x), f, a, phi = plane(size), *(between(lo, hi, n, g) for lo,hi in ((1, min(10, .9*size/4)), (0, math.pi), (-math.pi, math.pi)))
+    (y, x), f, a, phi = plane(size), *(between(lo, hi, n, g)
+                                       for lo,hi in ((1, min(10, .9*size/4)), (0, math.pi), (-math.pi, math.pi)))
     return (2*math.pi*f*(x*a.cos() + y*a.sin()) + phi).sin()*(-(x**2 + y**2)/(2*.25**2)).exp()
 
 # %% ../nbs/08_data.ipynb #4724a350
@@ -249,7 +260,8 @@ def random_field(
     g:torch.Generator, # source of all choices
 )->Tensor: # (n, size, size), within [-1, 1]
     "Gaussian fields of power f**-a, a uniform in 0 to 2, over their largest value"
-    x = hartley(torch.randn(n, 1, size, size, generator=g)*power_law((size, size), 1.)**(between(0, 2, n, g)[:, None]/2))[:, 0]
+    x = hartley(torch.randn(n, 1, size, size, generator=g)*
+                power_law((size, size), 1.)**(between(0, 2, n, g)[:, None]/2))[:, 0]
     return x/x.abs().amax((1, 2), keepdim=True)
 
 # %% ../nbs/08_data.ipynb #89690b10
@@ -265,7 +277,8 @@ def patterns(
 )->Images: # (channels, size, size)
     "One of seed 000's families of synthetic pictures"
     if family not in families: raise ValueError(f"no family '{family}': choose one of {', '.join(families)}")
-    x = to_uint8(families[family](n_train + n_test, size, torch.Generator().manual_seed(seed))[:, None]).expand(-1, channels, -1, -1).contiguous()
+    x = to_uint8(families[family](n_train + n_test, size, torch.Generator().manual_seed(seed))[:, None]).expand(
+        -1, channels, -1, -1).contiguous()
     return Images(f'{family}{size}', x[:n_train], x[n_train:])
 
 # %% ../nbs/08_data.ipynb #ccd37773
@@ -279,11 +292,15 @@ def cifar10(
     folder, tgz = Path(root)/CIFAR10.base_folder, Path(root)/CIFAR10.filename
     parts = CIFAR10.train_list + CIFAR10.test_list + [[CIFAR10.meta[k] for k in ('filename', 'md5')]]
     bad = [folder/f for f,md5 in parts if not intact(folder/f, md5)]
-    if bad and tgz.exists() and not intact(tgz, CIFAR10.tgz_md5): raise ValueError(f'{tgz} is damaged (its MD5 sum is wrong): delete it, then cifar10(download=True)')
-    if bad and bad[0].exists() and not tgz.exists(): raise ValueError(f'{bad[0]} is damaged (its MD5 sum is wrong): delete {folder}, then cifar10(download=True)')
-    if bad and not tgz.exists() and not download: raise FileNotFoundError(f'no CIFAR-10 in {root}: put {tgz.name} there, or call cifar10(download=True)')
+    if bad and tgz.exists() and not intact(tgz, CIFAR10.tgz_md5):
+        raise ValueError(f'{tgz} is damaged (its MD5 sum is wrong): delete it, then cifar10(download=True)')
+    if bad and bad[0].exists() and not tgz.exists():
+        raise ValueError(f'{bad[0]} is damaged (its MD5 sum is wrong): delete {folder}, then cifar10(download=True)')
+    if bad and not tgz.exists() and not download:
+        raise FileNotFoundError(f'no CIFAR-10 in {root}: put {tgz.name} there, or call cifar10(download=True)')
     tr, te = [CIFAR10(root, train, download=bool(bad)) for train in (True, False)]
-    return Images('cifar10', *[torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in (tr, te)], *[torch.tensor(d.targets) for d in (tr, te)])
+    return Images('cifar10', *[torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous() for d in (tr, te)],
+                  *[torch.tensor(d.targets) for d in (tr, te)])
 
 # %% ../nbs/08_data.ipynb #4806fd4f
 def read_image(
@@ -312,10 +329,13 @@ def image_folder(
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'no image folder {path}')
     files = sorted(f for f in path.rglob('*') if f.suffix.lower() in _suffixes and f.is_file())
-    if not files: raise ValueError(f'{path} holds no image: files named {_suffixes[0]}, {_suffixes[1]} and the like are read')
+    if not files:
+        raise ValueError(f'{path} holds no image: files named {_suffixes[0]}, {_suffixes[1]} and the like are read')
     def read(f):
         try: return read_image(f, size, gray)
-        except Exception as e: raise ValueError(f'{f} is not an image that can be read: remove or repair it ({type(e).__name__})') from None
+        except Exception as e:
+            raise ValueError(f'{f} is not an image that can be read: '
+                             f'remove or repair it ({type(e).__name__})') from None
     x = torch.stack([read(f) for f in progress(files, desc=path.name)])
     if len(x) < 2: raise ValueError(f'{path} holds {len(x)} image, at least two are needed (one to train, one to test)')
     x = x[torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
@@ -337,7 +357,8 @@ class Batches:
     def _shuffle(self):
         self.start, self.pos = self.g.get_state(), 0
         self.order = torch.randperm(len(self.x), generator=self.g, device=self.g.device).to(self.x.device)
-        if self.flip: self.mirror = torch.rand(len(self.x), generator=self.g, device=self.g.device).to(self.x.device) < .5
+        if self.flip:
+            self.mirror = torch.rand(len(self.x), generator=self.g, device=self.g.device).to(self.x.device) < .5
     def __iter__(self): return self
     def __next__(self):
         if self.pos + self.bs > len(self.x): self._shuffle()
@@ -395,8 +416,10 @@ def _arcs(n): # two half circles of unit radius, n points in all
     return torch.cat([torch.stack([u.cos(), u.sin()], 1), torch.stack([1 - v.cos(), .5 - v.sin()], 1)])
 
 _stretch = torch.tensor([2., 3.])
-def _moons(n, g): return ((_arcs(n) + .03*torch.randn(n, 2, generator=g) + .3)*_stretch - 1)[torch.randperm(n, generator=g)]
-moons = PointSet('moons', _moons, lambda schedule: Mixture(schedule, (_arcs(400) + .3)*_stretch - 1, .03*_stretch.double()))
+def _moons(n, g):
+    return ((_arcs(n) + .03*torch.randn(n, 2, generator=g) + .3)*_stretch - 1)[torch.randperm(n, generator=g)]
+moons = PointSet('moons', _moons,
+                 lambda schedule: Mixture(schedule, (_arcs(400) + .3)*_stretch - 1, .03*_stretch.double()))
 
 # %% ../nbs/08_data.ipynb #96d61e7f
 def _spots():
@@ -423,7 +446,8 @@ class Spots:
         i0 = torch.special.i0e(z)
         logp = self.logv - (rho_ - a_*self.r)**2/(2*s_**2) + i0.log()
         L, push = torch.full_like(rho, -math.inf), torch.zeros_like(rho)
-        L[near], push[near] = logp.logsumexp(1), (logp.softmax(1)*self.r*torch.special.i1e(z)/i0).sum(1)/rho_[:,0].clamp(min=1e-12)
+        L[near], push[near] = (logp.logsumexp(1),
+                               (logp.softmax(1)*self.r*torch.special.i1e(z)/i0).sum(1)/rho_[:,0].clamp(min=1e-12))
         p = (self.logw + L).softmax(1)
         return (p@self.m + ((p*push)[...,None]*d).sum(1)).to(x)
 
@@ -431,19 +455,28 @@ class Spots:
 def _circle(n, g):
     centres, weights = _spots()
     r, turn = torch.rand(2, n, generator=g)*torch.tensor([[.09], [2*math.pi]])
-    return centres[torch.multinomial(weights, n, True, generator=g)] + r[:,None]*torch.stack([turn.cos(), turn.sin()], 1)
+    return (centres[torch.multinomial(weights, n, True, generator=g)]
+            + r[:,None]*torch.stack([turn.cos(), turn.sin()], 1))
 circle = PointSet('circle', _circle, lambda schedule: Spots(schedule, *_spots(), .09))
 
 # %% ../nbs/08_data.ipynb #2d132a3c
 _dino = np.array('''
-432 758 402 749 360 737 334 713 318 689 302 662 278 623 258 605 226 581 204 557 180 518 174 482 174 446 182 413 202 398 230 398 256 398 276 401
-314 401 344 413 364 422 390 431 414 434 442 437 462 452 478 485 480 518 482 539 448 431 428 389 410 359 376 299 386 329 398 344 354 284 334 254
-302 245 274 236 254 251 234 287 262 323 286 356 298 383 232 281 232 251 234 227 250 209 280 197 320 197 344 200 368 224 386 245 402 272 418 293
-430 317 442 329 462 347 486 359 506 365 530 374 550 419 558 473 558 503 542 542 366 623 376 656 390 665 414 665 432 671 442 671 438 647 420 629
-400 614 390 614 374 605 232 467 232 485 244 488 452 776 482 773 506 761 534 734 552 710 562 674 576 650 586 617 598 587 606 557 622 521 638 470
-650 431 664 401 674 371 686 359 698 332 728 311 744 287 766 263 442 317 462 299 474 263 492 227 500 197 502 188 580 179 556 179 530 173 514 158
-492 149 478 149 458 143 430 143 408 143 388 137 370 125 350 107 380 116 400 116 422 116 438 110 406 98 380 86 368 77 360 47 394 74 420 80
-448 80 468 83 500 83 522 83 556 83 580 83 610 83 530 68 534 41 532 23 294 201 308 198 712 324 390 747 374 741 344 723'''.split(), dtype=float).reshape(-1, 2)*5/39
+432 758 402 749 360 737 334 713 318 689 302 662 278 623 258 605 226 581 \
+204 557 180 518 174 482 174 446 182 413 202 398 230 398 256 398 276 401
+314 401 344 413 364 422 390 431 414 434 442 437 462 452 478 485 480 518 \
+482 539 448 431 428 389 410 359 376 299 386 329 398 344 354 284 334 254
+302 245 274 236 254 251 234 287 262 323 286 356 298 383 232 281 232 251 \
+234 227 250 209 280 197 320 197 344 200 368 224 386 245 402 272 418 293
+430 317 442 329 462 347 486 359 506 365 530 374 550 419 558 473 558 503 \
+542 542 366 623 376 656 390 665 414 665 432 671 442 671 438 647 420 629
+400 614 390 614 374 605 232 467 232 485 244 488 452 776 482 773 506 761 \
+534 734 552 710 562 674 576 650 586 617 598 587 606 557 622 521 638 470
+650 431 664 401 674 371 686 359 698 332 728 311 744 287 766 263 442 317 \
+462 299 474 263 492 227 500 197 502 188 580 179 556 179 530 173 514 158
+492 149 478 149 458 143 430 143 408 143 388 137 370 125 350 107 380 116 \
+400 116 422 116 438 110 406 98 380 86 368 77 360 47 394 74 420 80
+448 80 468 83 500 83 522 83 556 83 580 83 610 83 530 68 \
+534 41 532 23 294 201 308 198 712 324 390 747 374 741 344 723'''.split(), dtype=float).reshape(-1, 2)*5/39
 
 # %% ../nbs/08_data.ipynb #31416e78
 _unit = torch.tensor([54., 48.], dtype=torch.float64)/4
@@ -477,7 +510,8 @@ class MemberBatches:
         self.x, self.bs, self.pos, self.gs = x, batch_size, len(x), [torch.Generator().manual_seed(s) for s in seeds]
     def __iter__(self): return self
     def __next__(self):
-        if self.pos + self.bs > len(self.x): self.order, self.pos = [torch.randperm(len(self.x), generator=g) for g in self.gs], 0
+        if self.pos + self.bs > len(self.x):
+            self.order, self.pos = [torch.randperm(len(self.x), generator=g) for g in self.gs], 0
         i = torch.cat([o[self.pos:self.pos + self.bs] for o in self.order])
         self.pos += self.bs
         return self.x[i]

@@ -13,8 +13,11 @@ from .schedules import Schedule, from_target, target_row, _d
 
 # %% ../nbs/05_denoisers.ipynb #d870f434
 def _in_frequency(schedule, sd):
-    if not schedule.filter: raise ValueError(f"one sd per frequency needs a schedule in frequency: coloured({schedule.name}(), torch.ones{tuple(sd.shape)}) is the same noise there")
-    if schedule.size != sd.shape or not (sd > 0).all(): raise ValueError(f'sd must be positive at each of the {schedule.size} frequencies, got {tuple(sd.shape)}')
+    if not schedule.filter:
+        raise ValueError("one sd per frequency needs a schedule in frequency: "
+                         f"coloured({schedule.name}(), torch.ones{tuple(sd.shape)}) is the same noise there")
+    if schedule.size != sd.shape or not (sd > 0).all():
+        raise ValueError(f'sd must be positive at each of the {schedule.size} frequencies, got {tuple(sd.shape)}')
     return schedule
 
 # %% ../nbs/05_denoisers.ipynb #b25a40a9
@@ -31,7 +34,8 @@ class Denoiser(nn.Module):
         target_row(target, torch.ones(1), torch.ones(1))          # refuses an unknown target
         self.net,self.schedule,self.target = net,schedule,target
         for k, v in dict(sd=sd, sd_in=sd if sd_in is None else sd_in).items():
-            if torch.is_tensor(v) and v.ndim: self.schedule = _in_frequency(schedule, v); self.register_buffer(k, v.float())
+            if torch.is_tensor(v) and v.ndim:
+                self.schedule = _in_frequency(schedule, v); self.register_buffer(k, v.float())
             else: setattr(self, k, v)
 
     def input_std(self, t, x):
@@ -111,7 +115,8 @@ class Linear:
         self.C = ((1-rho)*H.T@H/n).diagonal_scatter(diag) if d <= 4096 else diag
 
     def __call__(self, x, t, cond=None):
-        if (_d(t) != _d(t).flatten()[0]).any(): raise ValueError('Linear answers at one time per call: split the batch by its times')
+        if (_d(t) != _d(t).flatten()[0]).any():
+            raise ValueError('Linear answers at one time per call: split the batch by its times')
         X = hartley(x).double()
         a, s = (c[:1].expand(1, *x.shape[1:]).flatten() for c in self.schedule.coeffs(t, X))
         C, M = self.C.to(X.device), self.mean.to(X.device)
@@ -164,13 +169,17 @@ class Guided(nn.Module):
         against=None # a worse denoiser, told the same; None: the same denoiser, told nothing
     ):
         super().__init__()
-        if not interval[0] < interval[1]: raise ValueError(f'interval={interval} holds no log-SNR: give the lower end first')
-        self.denoiser,self.cond,self.scale,self.interval,self.against,self.schedule = denoiser,cond,scale,interval,against,denoiser.schedule
+        if not interval[0] < interval[1]:
+            raise ValueError(f'interval={interval} holds no log-SNR: give the lower end first')
+        self.denoiser,self.cond,self.scale,self.interval,self.against,self.schedule = (
+            denoiser,cond,scale,interval,against,denoiser.schedule)
 
     def forward(self, x, t, cond=None):
         cond = self.cond if cond is None else cond
         given, lam = self.denoiser(x, t, cond), self.schedule.logsnr(_d(t))
         w = torch.where((lam >= self.interval[0]) & (lam <= self.interval[1]), self.scale, 1.).to(x)
         if (w == 1).all(): return given
-        if cond is None and self.against is None: raise ValueError(f'scale={self.scale} and nothing to exaggerate: pass cond or against')
-        return torch.lerp(self.denoiser(x, t) if self.against is None else self.against(x, t, cond), given, w.view(-1, *[1]*(x.ndim-1)))
+        if cond is None and self.against is None:
+            raise ValueError(f'scale={self.scale} and nothing to exaggerate: pass cond or against')
+        return torch.lerp(self.denoiser(x, t) if self.against is None else self.against(x, t, cond),
+                          given, w.view(-1, *[1]*(x.ndim-1)))

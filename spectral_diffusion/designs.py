@@ -49,7 +49,9 @@ def check_orthogonal(x:np.ndarray, # levels, (N, F) int from 0
     onehot, names = [np.eye(c.max()+1)[c] for c in x.T], names or range(x.shape[1])
     for (a, A), (b, B) in itertools.combinations(zip(names, onehot), 2):
         n = np.outer(A.sum(0), B.sum(0))/len(x)
-        if not np.allclose(A.T@B, n): raise ValueError(f'{a!r} and {b!r} are not orthogonal: their pairs of levels occur {(A.T@B).astype(int).tolist()} times')
+        if not np.allclose(A.T@B, n):
+            raise ValueError(f'{a!r} and {b!r} are not orthogonal: '
+                             f'their pairs of levels occur {(A.T@B).astype(int).tolist()} times')
 
 # %% ../nbs/28_designs.ipynb #a2b1d4e0
 arrays = dict(L4=linear_array(2, 2), L8=linear_array(2, 3), L9=linear_array(3, 2), L12=paley_array(11),
@@ -96,7 +98,9 @@ class Design(list):
     def __init__(self, array, factors, x):
         self.array,self.factors,self.x = array,factors,x
         check_orthogonal(x, list(factors))
-        if len(np.unique(x, axis=0)) < len(x): raise ValueError(f'{array} runs a combination of these {len(factors)} factors twice, which with equal seeds is no second measurement')
+        if len(np.unique(x, axis=0)) < len(x):
+            raise ValueError(f'{array} runs a combination of these {len(factors)} factors twice, '
+                             'which with equal seeds is no second measurement')
         super().__init__({f: c[l] for (f, c), l in zip(factors.items(), row)} for row in x)
     def _repr_markdown_(self):
         Run = namedtuple('Run', ['run', *self.factors], rename=True)
@@ -117,10 +121,14 @@ def check_factors(factors # dict, or pairs, of name -> choices
     "Refuse names or choices that occur twice, and other numbers of choices than two and three"
     pairs = list(factors.items() if hasattr(factors, 'items') else factors)
     twice = [f for f, n in Counter(f for f, _ in pairs).items() if n > 1]
-    if twice or not pairs: raise ValueError(f'the factor {twice[0]!r} is given twice' if twice else 'a design needs at least one factor')
+    if twice or not pairs:
+        raise ValueError(f'the factor {twice[0]!r} is given twice' if twice
+                         else 'a design needs at least one factor')
     for f, c in pairs:
-        if len(c) not in (2, 3): raise ValueError(f'{f!r} has {len(c)} choices: give two or three')
-        if any(a == b for a, b in itertools.combinations(c, 2)): raise ValueError(f'{f!r} lists a choice twice: {list(c)}')
+        if len(c) not in (2, 3):
+            raise ValueError(f'{f!r} has {len(c)} choices: give two or three')
+        if any(a == b for a, b in itertools.combinations(c, 2)):
+            raise ValueError(f'{f!r} lists a choice twice: {list(c)}')
     return {f: tuple(c) for f, c in pairs}
 
 # %% ../nbs/28_designs.ipynb #ef7e988c
@@ -128,7 +136,8 @@ def fill(array:str, # a name in `arrays`
          lv # levels of each factor, (F,), 2 or 3
         ) -> np.ndarray: # levels, (N, F), or None if the factors do not fit, or only with a run twice
     "Give each factor one of the least confounded columns"
-    have, need = (Counter(np.asarray(l).tolist()) for l in (arrays[array].max(0) + 1, lv)); dummy = max(0, need[2] - have[2])
+    have, need = (Counter(np.asarray(l).tolist()) for l in (arrays[array].max(0) + 1, lv))
+    dummy = max(0, need[2] - have[2])
     if need[3] + dummy > have[3]: return None
     def put(cols):
         two, wide = np.split(cols, [need[2] - dummy]); two, wide = two.tolist(), wide.tolist()
@@ -143,11 +152,16 @@ def design(factors, # name -> two or three choices, as dict or pairs; the first 
           ) -> Design:
     "Put factors on the least confounded columns of the smallest orthogonal array that holds them"
     factors = check_factors(factors); lv = [len(c) for c in factors.values()]
-    if array not in (None, 'full', *arrays): raise ValueError(f'no array {array!r}: choose from {", ".join(arrays)}, full')
+    if array not in (None, 'full', *arrays):
+        raise ValueError(f'no array {array!r}: choose from {", ".join(arrays)}, full')
     xs = {a: fill(a, lv) for a in arrays if array in (None, a)}
-    if array == 'full' or not array and math.prod(lv) <= 27: xs['full'] = np.array(list(itertools.product(*map(range, lv))))
+    if array == 'full' or not array and math.prod(lv) <= 27:
+        xs['full'] = np.array(list(itertools.product(*map(range, lv))))
     xs = {a: x for a, x in xs.items() if x is not None}
-    if not xs: raise ValueError(f'{lv.count(2)} factors of two and {lv.count(3)} of three levels do not fit {array or "any array"} without running a combination twice: drop factors, drop third choices, or split the study')
+    if not xs:
+        raise ValueError(f'{lv.count(2)} factors of two and {lv.count(3)} of three levels do not fit '
+                         f'{array or "any array"} without running a combination twice: '
+                         'drop factors, drop third choices, or split the study')
     return Design(a := min(xs, key=lambda a: len(xs[a])), factors, xs[a])
 
 # %% ../nbs/28_designs.ipynb #37ea368c
@@ -158,9 +172,12 @@ def plot_design(d:Design # from `design`
     fig, ax = plt.subplots(figsize=(max(3.5, 1.1*k), .24*n + .9), layout='constrained')
     ax.imshow(d.x, cmap='cividis', vmin=0, vmax=2, aspect='auto')
     for i, run in enumerate(d):
-        for j, v in enumerate(run.values()): ax.text(j, i, v, ha='center', va='center', fontsize=8, color='w' if d.x[i,j] == 0 else 'k')
-    ax.set(xticks=range(k), xticklabels=[*d.factors], yticks=range(n), ylabel='run', title=f'{d.array}: {n} of {math.prod(map(len, d.factors.values()))} combinations')
-    ax.set_yticks(np.arange(n-1) + .5, minor=True); ax.set_xticks(np.arange(k-1) + .5, minor=True); ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='both', length=0)
+        for j, v in enumerate(run.values()):
+            ax.text(j, i, v, ha='center', va='center', fontsize=8, color='w' if d.x[i,j] == 0 else 'k')
+    ax.set(xticks=range(k), xticklabels=[*d.factors], yticks=range(n), ylabel='run',
+           title=f'{d.array}: {n} of {math.prod(map(len, d.factors.values()))} combinations')
+    ax.set_yticks(np.arange(n-1) + .5, minor=True); ax.set_xticks(np.arange(k-1) + .5, minor=True)
+    ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='both', length=0)
     return fig
 
 # %% ../nbs/28_designs.ipynb #c961e16f
@@ -180,7 +197,8 @@ def measure(d:Design, # the runs
     "Measure every run with every seed, in random order within a seed"
     p, y = inspect.signature(f).parameters, np.full((len(d), len(seeds)), np.nan)
     for k in [*d.factors, 'seed']:
-        if k not in p or p[k].kind == p[k].VAR_KEYWORD: raise TypeError(f'{getattr(f, "__name__", f)} has no argument {k!r}: the factor would change nothing')
+        if k not in p or p[k].kind == p[k].VAR_KEYWORD:
+            raise TypeError(f'{getattr(f, "__name__", f)} has no argument {k!r}: the factor would change nothing')
     order = [(i, r, s) for r, s in enumerate(seeds) for i in np.random.default_rng(s).permutation(len(d))]
     for i, r, s in progress(order, desc='measure', after=1.): y[i,r] = f(**d[i], seed=s)
     return y
@@ -191,9 +209,12 @@ def snr(y, # responses, (..., R), positive for 'smaller' and 'larger'
        ) -> np.ndarray: # dB, (...): more is better
     "Taguchi's ratio of signal to noise over the replicates"
     y = np.asarray(y, float)
-    if kind not in ('smaller', 'larger', 'nominal'): raise ValueError(f"kind is {kind!r}: 'smaller', 'larger' or 'nominal'")
-    if kind != 'nominal' and not (y > 0).all(): raise ValueError(f'a response is {y.min():.4g}: the ratio for {kind!r} needs positive ones')
-    if kind == 'nominal' and y.shape[-1] < 2: raise ValueError("the ratio for 'nominal' needs at least two replicates")
+    if kind not in ('smaller', 'larger', 'nominal'):
+        raise ValueError(f"kind is {kind!r}: 'smaller', 'larger' or 'nominal'")
+    if kind != 'nominal' and not (y > 0).all():
+        raise ValueError(f'a response is {y.min():.4g}: the ratio for {kind!r} needs positive ones')
+    if kind == 'nominal' and y.shape[-1] < 2:
+        raise ValueError("the ratio for 'nominal' needs at least two replicates")
     if kind == 'nominal': return 10*np.log10(y.mean(-1)**2/y.var(-1, ddof=1))
     return -10*np.log10((y**2 if kind == 'smaller' else y**-2.).mean(-1))
 
@@ -203,10 +224,16 @@ def as_response(d:Design, # N runs
                ) -> np.ndarray: # (..., N, R)
     "Refuse what cannot be analysed: wrong shape, missing runs, a response that no factor or no seed reaches"
     y = np.asarray(y, float); y = y[:,None] if y.ndim == 1 else y
-    if y.shape[-2] != len(d): raise ValueError(f'{y.shape[-2]} rows of responses for {len(d)} runs')
-    if not np.isfinite(y).all(): raise ValueError(f'run {np.argwhere(~np.isfinite(y))[0][-2]} has no finite response: repeat it, without it the design is not orthogonal')
-    if (np.ptp(y, -2) == 0).all(): raise ValueError('all runs give the same response, seed by seed: no factor reaches it')
-    if y.shape[-1] > 1 and (np.ptp(y, -1) == 0).all(): raise ValueError('all seeds give the same response, run by run: the seed does not reach it, and there is no error to measure')
+    if y.shape[-2] != len(d):
+        raise ValueError(f'{y.shape[-2]} rows of responses for {len(d)} runs')
+    if not np.isfinite(y).all():
+        raise ValueError(f'run {np.argwhere(~np.isfinite(y))[0][-2]} has no finite response: '
+                         'repeat it, without it the design is not orthogonal')
+    if (np.ptp(y, -2) == 0).all():
+        raise ValueError('all runs give the same response, seed by seed: no factor reaches it')
+    if y.shape[-1] > 1 and (np.ptp(y, -1) == 0).all():
+        raise ValueError('all seeds give the same response, run by run: '
+                         'the seed does not reach it, and there is no error to measure')
     return y
 
 # %% ../nbs/28_designs.ipynb #d913896e
@@ -216,7 +243,8 @@ def sums(d:Design, # N runs
         ) -> AttrDict: # means, n, ss, df by factor; ss and df of 'seed', 'interactions', 'replicates'
     "Means per level and the split of the sum of squares"
     y = as_response(d, y); (N, R), m = y.shape[-2:], y.mean((-2,-1), keepdims=True)
-    means = {f: np.stack([y[...,c == l,:].mean((-2,-1)) for l in range(c.max()+1)], -1) for f, c in zip(d.factors, d.x.T)}
+    means = {f: np.stack([y[...,c == l,:].mean((-2,-1)) for l in range(c.max()+1)], -1)
+             for f, c in zip(d.factors, d.x.T)}
     dev = {f: means[f] - m[...,0] for f in means}; n = {f: R*np.bincount(c) for f, c in zip(d.factors, d.x.T)}
     run = y.mean(-1, keepdims=True); additive = m + sum(dev[f][...,c] for f, c in zip(d.factors, d.x.T))[...,None]
     seed = y.mean(-2, keepdims=True) - m if paired else 0*m
@@ -236,7 +264,9 @@ def analyse(d:Design, # N runs
     if error not in ('pooled', 'replicate'): raise ValueError(f"error is {error!r}: 'pooled' or 'replicate'")
     s = sums(d, y, paired); parts = ['replicates', 'interactions'][:1 + (error == 'pooled')]
     s.dfe = sum(s.df[k] for k in parts)
-    if not s.dfe: raise ValueError(f'{d.array} with {len(d.factors)} factors leaves nothing for the error: add seeds, or take a larger array')
+    if not s.dfe:
+        raise ValueError(f'{d.array} with {len(d.factors)} factors leaves nothing for the error: '
+                         'add seeds, or take a larger array')
     s.s2 = sum(s.ss[k] for k in parts)/s.dfe
     return s
 
@@ -256,13 +286,18 @@ def anova(s:AttrDict # from `analyse`, one experiment
     T, d = s.total, s.df; ms = lambda k: float(s.ss[k]/d[k]) if d[k] else None
     share = lambda k, e: float(100*(s.ss[k] - d[k]*e)/T)
     out = [Source(f, float(s.ss[f]), d[f], ms(f), *map(float, f_test(s, f)), share(f, s.s2)) for f in s.means]
-    if d['seed']: out.append(Source('seed', float(s.ss['seed']), d['seed'], ms('seed'), None, None, share('seed', s.s2)))
+    if d['seed']:
+        out.append(Source('seed', float(s.ss['seed']), d['seed'], ms('seed'), None, None, share('seed', s.s2)))
     if d['interactions']:
         F = ms('interactions')/ms('replicates') if d['replicates'] else None
         p = F and float(stats.f.sf(F, d['interactions'], d['replicates']))
-        out.append(Source('interactions', float(s.ss['interactions']), d['interactions'], ms('interactions'), F, p, None))
-    if d['replicates']: out.append(Source('replicates', float(s.ss['replicates']), d['replicates'], ms('replicates'), None, None, None))
-    out.append(Source('error', float(s.s2*s.dfe), s.dfe, float(s.s2), None, None, 100 - sum(r.contribution for r in out if r.contribution is not None)))
+        out.append(Source('interactions', float(s.ss['interactions']), d['interactions'],
+                          ms('interactions'), F, p, None))
+    if d['replicates']:
+        out.append(Source('replicates', float(s.ss['replicates']), d['replicates'],
+                          ms('replicates'), None, None, None))
+    out.append(Source('error', float(s.s2*s.dfe), s.dfe, float(s.s2), None, None,
+                      100 - sum(r.contribution for r in out if r.contribution is not None)))
     return Table([*out, Source('total', float(T), s.N-1, None, None, None, 100.)])
 
 # %% ../nbs/28_designs.ipynb #ae608dab
@@ -291,8 +326,10 @@ def effects(s:AttrDict, # from `analyse`, one experiment
     out = []
     for f, c in s.design.factors.items():
         d, h = differences(s, f, conf)
-        out.append(Effect(f, c[0], float(s.means[f][0]), None, None, None, 'acts' if seen(s, conf)[f] else f'no effect seen (could see {h.max():.2g})'))
-        out += [Effect(f, c[i+1], float(s.means[f][i+1]), float(d[i]), float(d[i]-h[i]), float(d[i]+h[i]), '') for i in range(len(d))]
+        out.append(Effect(f, c[0], float(s.means[f][0]), None, None, None,
+                          'acts' if seen(s, conf)[f] else f'no effect seen (could see {h.max():.2g})'))
+        out += [Effect(f, c[i+1], float(s.means[f][i+1]), float(d[i]), float(d[i]-h[i]), float(d[i]+h[i]), '')
+                for i in range(len(d))]
     return Table(out)
 
 # %% ../nbs/28_designs.ipynb #34939ee3
@@ -304,8 +341,11 @@ def plot_effects(s:AttrDict, # from `analyse`, one experiment
     act, k = seen(s, conf), len(s.means); t = stats.t.ppf(.5 + conf/2, s.dfe)
     fig, axs = plt.subplots(1, k, figsize=(max(4, 1.9*k), 2.8), layout='constrained', sharey=True, squeeze=False)
     for ax, (f, c) in zip(axs[0], s.design.factors.items()):
-        ax.errorbar(range(len(c)), s.means[f], t*np.sqrt(s.s2/s.n[f]), marker='o', capsize=3, c='C0' if act[f] else '.6')
-        ax.axhline(float(s.mean), c='k', ls=':', lw=1); ax.set(title=f if act[f] else f'{f}: none seen', xticks=range(len(c)), xlim=(-.4, len(c)-.6)); ax.set_xticklabels(c)
+        ax.errorbar(range(len(c)), s.means[f], t*np.sqrt(s.s2/s.n[f]), marker='o', capsize=3,
+                    c='C0' if act[f] else '.6')
+        ax.axhline(float(s.mean), c='k', ls=':', lw=1)
+        ax.set(title=f if act[f] else f'{f}: none seen', xticks=range(len(c)), xlim=(-.4, len(c)-.6))
+        ax.set_xticklabels(c)
     axs[0,0].set_ylabel(label)
     return fig
 
@@ -319,7 +359,8 @@ def predict(s:AttrDict, # from `analyse`
            ) -> Prediction:
     "Predicted mean of `r` new measurements at `setting`, with its interval, if effects add up"
     fs = s.design.factors
-    if bad := set(setting) ^ set(fs): raise ValueError(f'the setting must name each factor once, and no other: look at {sorted(bad)}')
+    if bad := set(setting) ^ set(fs):
+        raise ValueError(f'the setting must name each factor once, and no other: look at {sorted(bad)}')
     for f, v in setting.items():
         if v not in fs[f]: raise ValueError(f'{v!r} is no choice of {f!r}: {list(fs[f])}')
     at = {f: fs[f].index(setting[f]) for f in (fs if use is None else use)}
@@ -347,4 +388,5 @@ def confirm(s:AttrDict, # from `analyse`
            ) -> Confirmation:
     "Does the mean of the confirmation run lie in the interval that was predicted for it?"
     y = np.asarray(y, float); p = predict(s, setting, len(y), use, conf); ok = bool(p.low <= y.mean() <= p.high)
-    return Confirmation(ok, f'{y.mean():.4g} from {len(y)} replicates is {"inside" if ok else "outside"} the predicted {p.value:.4g} [{p.low:.4g}, {p.high:.4g}]')
+    return Confirmation(ok, f'{y.mean():.4g} from {len(y)} replicates is {"inside" if ok else "outside"} '
+                            f'the predicted {p.value:.4g} [{p.low:.4g}, {p.high:.4g}]')

@@ -59,7 +59,8 @@ def _picture(ax, ratio, logsnrs, size):
     "Error ratio (L, n_bands) as log2: blue is better than the best linear denoiser, red is worse"
     l, top = [float(v) for v in logsnrs], .5*len(size)**.5
     half = (l[-1]-l[0])/max(len(l)-1, 1)/2 or .5          # each level in the middle of its column
-    im = ax.imshow(ratio.log2().clamp(-3, 3).T, origin='lower', aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3, extent=[l[0]-half, l[-1]+half, 0, top])
+    im = ax.imshow(ratio.log2().clamp(-3, 3).T, origin='lower', aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3,
+                   extent=[l[0]-half, l[-1]+half, 0, top])
     ax.set(xlabel='log-SNR', ylabel='frequency (cycles/pixel)', title='error / best linear denoiser')
     plt.colorbar(im, ax=ax, label='log2 ratio (blue: better)')
 
@@ -73,7 +74,9 @@ def plot_error(err:Tensor, # (L, n_bands), from `error_map`
     fig, (a, b) = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     _picture(a, err/floor, logsnrs, size)
     for k in range(err.shape[1]):
-        c = plt.cm.viridis(k/err.shape[1]); b.semilogy(logsnrs, err[:,k], 'osD^vX'[k % 6] + '-', ms=3, c=c, label=f'ring {k}'); b.semilogy(logsnrs, floor[:,k], ':', c=c)
+        c = plt.cm.viridis(k/err.shape[1])
+        b.semilogy(logsnrs, err[:,k], 'osD^vX'[k % 6] + '-', ms=3, c=c, label=f'ring {k}')
+        b.semilogy(logsnrs, floor[:,k], ':', c=c)
     b.set(xlabel='log-SNR', ylabel='squared error', title='dotted: best linear denoiser'); b.legend(fontsize=7)
     return fig
 
@@ -149,7 +152,9 @@ def check_time(denoiser, # a `Denoiser` with a network
     for t in (.3, .5, .7):
         x = denoiser.schedule.corrupt(x0[:8], noise_like(x0[:8], generator), t)
         f = answers(denoiser, x/x.std(), torch.linspace(t, t + 20/K, 21, dtype=torch.float64))
-        if f.abs().max() == 0: return Check('answer against noise level', False, 'the network answers exactly zero: these weights were never trained')
+        if f.abs().max() == 0:
+            return Check('answer against noise level', False,
+                         'the network answers exactly zero: these weights were never trained')
         far = rms(f[10:] - f[:-10])
         rough.append(rms(f[1:] - f[:-1])/max(far, 1e-12)); heard.append(far/rms(f))
     r, h = max(rough), max(heard)
@@ -167,7 +172,8 @@ def check_weights(denoiser, # the model that is evaluated
     "Do the evaluated weights denoise as well as the trained ones?"
     a, b = (_err(D, x0, seed) for D in (denoiser, online))
     r = (a/b).log().mean().exp().item()
-    return Check('evaluated and trained weights', r < 1.2, f'the evaluated model has {r:.2f} times the error of the trained one')
+    return Check('evaluated and trained weights', r < 1.2,
+                 f'the evaluated model has {r:.2f} times the error of the trained one')
 
 # %% ../nbs/20_diagnostics.ipynb #af4e26d6
 def check_one_image(denoiser, # a `Denoiser`; a copy is trained
@@ -192,7 +198,8 @@ def check_distance(f, # (a, b) -> distance of two sets
                    a, # one set, in the form that f takes
                    b # another
                   ) -> Check:
-    "Is it 0 from a set to itself, the same in both directions, and never negative? (For distances without noise: an unbiased estimate such as KID's is 0 on average only)"
+    ("Is it 0 from a set to itself, the same in both directions, and never negative? "
+     "(For distances without noise: an unbiased estimate such as KID's is 0 on average only)")
     none, there, back = f(a, a), f(a, b), f(b, a); slack = .01*max(abs(there), abs(back))
     return Check('laws of a distance', abs(none) <= slack and abs(there - back) <= slack and min(there, back) >= -slack,
                  f'from a set to itself {none:.3g}, to another {there:.4g}, back {back:.4g}')
@@ -205,7 +212,8 @@ def _log_ratios(denoiser, x0, train, seed):
     if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
     lin = Linear(denoiser.schedule, train)
     def one(D, c, i): return error_map(D, c, _levels, 4, torch.Generator().manual_seed(seed+i)).log()
-    return torch.stack([one(denoiser, c, i) - one(lin, c, i) for i, c in enumerate(progress(x0.chunk(8), desc='held-out error', after=2.))])
+    return torch.stack([one(denoiser, c, i) - one(lin, c, i)
+                        for i, c in enumerate(progress(x0.chunk(8), desc='held-out error', after=2.))])
 
 def _score(r, n):
     r = r.mean((1,2)); m, h = r.mean(), 2.365*r.std()/len(r)**.5
@@ -229,11 +237,15 @@ def check_learning(s:Score # from `learning`
 
 # %% ../nbs/20_diagnostics.ipynb #1ba5b7ab
 Triage = namedtuple('Triage', 'verdict checks power errors', defaults=[None])
-Triage.__doc__ = 'The `verdict`, its `checks`, `power` (a `Score`), and `errors`: arguments of a picture of the held-out error over the best linear one'
+Triage.__doc__ = ('The `verdict`, its `checks`, `power` (a `Score`), and `errors`: '
+                  'arguments of a picture of the held-out error over the best linear one')
 def _table(self):
-    rows = ['| check | | evidence |', '|---|---|---|'] + [f"| {c.name} | {'ok' if c.ok else '**fails**'} | {c.evidence} |" for c in self.checks]
+    rows = ['| check | | evidence |', '|---|---|---|'] + [
+        f"| {c.name} | {'ok' if c.ok else '**fails**'} | {c.evidence} |" for c in self.checks]
     return '\n'.join([f'Verdict: **{self.verdict}**', '', *rows])
-def _lines(self): return '\n'.join([f'verdict: {self.verdict}', *(f"{'ok   ' if c.ok else 'FAILS'} {c.name}: {c.evidence}" for c in self.checks)])
+def _lines(self):
+    return '\n'.join([f'verdict: {self.verdict}',
+                      *(f"{'ok   ' if c.ok else 'FAILS'} {c.name}: {c.evidence}" for c in self.checks)])
 Triage._repr_markdown_ = Triage.table = _table; Triage.__repr__ = _lines
 
 # %% ../nbs/20_diagnostics.ipynb #29b42f83
@@ -250,25 +262,29 @@ def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
           ) -> Triage:
     "Broken, underpowered or healthy, with the evidence"
     g, sch = torch.Generator().manual_seed(seed), denoiser.schedule
-    rungs = [lambda: check_steps(sampler, sch, grid, x0[:64], g), lambda: check_gaussian(sampler, sch, grid, x0, g), lambda: check_range(batch, x0),
+    rungs = [lambda: check_steps(sampler, sch, grid, x0[:64], g),
+             lambda: check_gaussian(sampler, sch, grid, x0, g), lambda: check_range(batch, x0),
              lambda: check_time(denoiser, x0, g), lambda: check_weights(denoiser, online or denoiser, x0, seed),
              lambda: check_one_image(online or denoiser, sampler, grid, x0[:1], loss, steps, seed=seed),
              lambda: _log_ratios(denoiser, x0, batch if train is None else train, seed)]
     *parts, r = [rung() for rung in progress(rungs, desc='triage')]
     last = check_learning(power := _score(r, len(x0)))
     verdict = 'healthy' if last.ok else 'underpowered'
-    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, last], power, dict(ratio=r.mean(0).exp(), logsnrs=_levels, size=x0.shape[2:]))
+    return Triage(verdict if all(c.ok for c in parts) else 'broken', [*parts, last], power,
+                  dict(ratio=r.mean(0).exp(), logsnrs=_levels, size=x0.shape[2:]))
 
 # %% ../nbs/20_diagnostics.ipynb #a7037c6e
 @patch
 def plot(self:Triage):
     "Checks with verdict and evidence (circle: ok, cross: fails), and the map of held-out errors; returns the figure"
     n, maps = len(self.checks), self.errors is not None
-    fig, axs = plt.subplots(1, 1 + maps, figsize=(7 + 4*maps, .5*n + .6), width_ratios=[7] + [4]*maps, layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(1, 1 + maps, figsize=(7 + 4*maps, .5*n + .6), width_ratios=[7] + [4]*maps,
+                            layout='constrained', squeeze=False)
     ax = axs[0,0]; ax.axis('off'); ax.set(xlim=(-.3, 10), ylim=(n-.4, -.7), title=f'verdict: {self.verdict}')
     for i, c in enumerate(self.checks):
         ax.plot(0, i-.15, 'o' if c.ok else 'X', c='#0072B2' if c.ok else '#D55E00', ms=10)
-        ax.text(.4, i-.3, c.name + ('' if c.ok else ': fails'), fontsize=9, va='center', weight='normal' if c.ok else 'bold')
+        ax.text(.4, i-.3, c.name + ('' if c.ok else ': fails'), fontsize=9, va='center',
+                weight='normal' if c.ok else 'bold')
         ax.text(.4, i+.02, textwrap.fill(c.evidence, 88), fontsize=7.5, va='top', color='.3', linespacing=1.1)
     if maps: _picture(axs[0,1], **self.errors)
     return fig

@@ -13,7 +13,8 @@ __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_
            'sdiff_promote', 'find_optimal_steps']
 
 # %% ../nbs/22_experiments.ipynb #d707c1d1
-import argparse, ast, difflib, hashlib, itertools, json, logging, os, pickle, platform, posixpath, re, shutil, signal, subprocess, sys
+import argparse, ast, difflib, hashlib, itertools, json, logging, os, pickle, platform, \
+       posixpath, re, shutil, signal, subprocess, sys
 import tempfile, threading, time, traceback
 from collections import Counter
 from contextlib import contextmanager
@@ -59,10 +60,12 @@ _ours = {'report', 'name', 'root', 'force', 'progress', 'attempt_n'}
 def _parameter(name, inferred_type_name, default, help):
     "One entry of papermill's inspection with its default evaluated"
     try: default = ast.literal_eval(default)
-    except (ValueError, SyntaxError): raise ValueError(f"the default of parameter '{name}' must be a literal, not {default}") from None
+    except (ValueError, SyntaxError):
+        raise ValueError(f"the default of parameter '{name}' must be a literal, not {default}") from None
     t = _types.get(inferred_type_name.split('[')[0]) or (None if default is None else type(default))
     choices = re.search(r'one of:\s*([^;]+)', help)
-    return AttrDict(name=name, type=t, default=default, help=help, choices=choices and [c.strip() for c in choices[1].split(',')])
+    return AttrDict(name=name, type=t, default=default, help=help,
+                    choices=choices and [c.strip() for c in choices[1].split(',')])
 
 # %% ../nbs/22_experiments.ipynb #0eab9641
 def report_parameters(
@@ -71,8 +74,11 @@ def report_parameters(
     "The parameters of a report, by name: `name`, `type`, `default`, `help`, `choices`"
     path = find_report(report)
     ps = {k: _parameter(**v) for k,v in pm.inspect_notebook(str(path)).items()}
-    if 'run_dir' not in ps: raise ValueError(f"report {path.stem} has no parameter run_dir: add `run_dir:str = ''` to the cell tagged parameters")
-    if bad := _ours & set(ps): raise ValueError(f"report {path.stem} has a parameter '{min(bad)}', a name that the runner uses: rename it")
+    if 'run_dir' not in ps:
+        raise ValueError(f"report {path.stem} has no parameter run_dir: "
+                         "add `run_dir:str = ''` to the cell tagged parameters")
+    if bad := _ours & set(ps):
+        raise ValueError(f"report {path.stem} has a parameter '{min(bad)}', a name that the runner uses: rename it")
     return ps
 
 # %% ../nbs/22_experiments.ipynb #6d5388e1
@@ -93,8 +99,10 @@ def convert(
         try: v = _parse(v, t)
         except (ValueError, KeyError, SyntaxError): pass
     if t is float and type(v) is int: v = float(v)
-    if type(v) is not t: raise ValueError(f"parameter '{p.name}' must be {t.__name__}, not {type(given).__name__} {given!r}")
-    if p.choices and str(v) not in p.choices: raise ValueError(f"parameter '{p.name}' must be one of {', '.join(p.choices)}, not {v!r}")
+    if type(v) is not t:
+        raise ValueError(f"parameter '{p.name}' must be {t.__name__}, not {type(given).__name__} {given!r}")
+    if p.choices and str(v) not in p.choices:
+        raise ValueError(f"parameter '{p.name}' must be one of {', '.join(p.choices)}, not {v!r}")
     return v
 
 # %% ../nbs/22_experiments.ipynb #2bd34342
@@ -109,7 +117,8 @@ def check_parameters(
     for k in params:
         if k in ps: continue
         near = difflib.get_close_matches(k, ps, n=1)
-        raise ValueError(f"{Path(report).stem} has no parameter '{k}'{f', did you mean {near[0]!r}' if near else ''}; known: {', '.join(ps)}")
+        raise ValueError(f"{Path(report).stem} has no parameter '{k}'"
+                         f"{f', did you mean {near[0]!r}' if near else ''}; known: {', '.join(ps)}")
     return {k: convert(ps[k], v) for k,v in params.items()}
 
 # %% ../nbs/22_experiments.ipynb #c8df54f5
@@ -166,7 +175,8 @@ def run_status(
     s = read_json(file) if file.exists() else AttrDict(state='new')
     if s.state=='running' and not alive(s): s.state = 'killed'
     j = read_json(job).job if job.exists() else None
-    if j and s.state not in ('running', 'finished') and (s.state, s.get('job'))!=('failed', j) and job_state(j): s.state = 'queued'
+    if j and s.state not in ('running', 'finished') and (s.state, s.get('job'))!=('failed', j) and job_state(j):
+        s.state = 'queued'
     return s
 
 def run_state(
@@ -201,7 +211,8 @@ def must_run(
     return s.state!='finished'
 
 # %% ../nbs/22_experiments.ipynb #6ed7d8ec
-_results = 'report.ipynb report.html report.failed.ipynb traceback.txt status.json metrics.json progress.json figures'.split()
+_results = ('report.ipynb report.html report.failed.ipynb traceback.txt '
+            'status.json metrics.json progress.json figures').split()
 _memory = 'log.jsonl checkpoints parameters.json system.json'.split()
 
 def clear(
@@ -247,7 +258,8 @@ def attempt(
     if who and not who.over and alive(who): raise _taken(folder, who)
     (folder/'attempts').mkdir(parents=True, exist_ok=True)
     file, me = folder/'attempts'/f'{last+1}.json', {**_me(), 'at': time.time()}
-    if n not in (None, last+1) or not create_once(file, {**me, 'over': None}): raise _taken(folder, last_attempt(folder)[1])
+    if n not in (None, last+1) or not create_once(file, {**me, 'over': None}):
+        raise _taken(folder, last_attempt(folder)[1])
     try: yield
     finally: write_json(file, {**me, 'over': time.time()})
 
@@ -292,7 +304,8 @@ class LiveEngine(Engine):
     def execute_managed_notebook(cls, nb_man, kernel_name, folder=None, start_timeout=60, **kw):
         env = {**os.environ, 'SDIFF_QUIET': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         with live(nb_man.pbar, folder), tempfile.TemporaryDirectory() as d:
-            return PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name, **kernel_options(d)).execute(env=env)
+            return PapermillNotebookClient(nb_man, timeout=None, startup_timeout=start_timeout,
+                                           kernel_name=kernel_name, **kernel_options(d)).execute(env=env)
 
 papermill_engines.register('live', LiveEngine)
 
@@ -315,10 +328,12 @@ def execute(
 ):
     "Execute `report` into `folder`: `report.ipynb` and `report.html`, or `report.failed.ipynb` and the exception"
     tmp = folder/'.tmp-report.ipynb'
-    bar = bar and dict(desc=report.stem, bar_format='{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}')
+    bar = bar and dict(desc=report.stem,
+                       bar_format='{desc}: cell {n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining}{postfix}')
     try:
-        pm.execute_notebook(str(report), str(tmp), {**params, 'run_dir': str(folder)}, engine_name='live', kernel_name='python3',
-                            progress_bar=bar, folder=folder, start_timeout=120, cwd=str(report.parent))
+        pm.execute_notebook(str(report), str(tmp), {**params, 'run_dir': str(folder)},
+                            engine_name='live', kernel_name='python3', progress_bar=bar,
+                            folder=folder, start_timeout=120, cwd=str(report.parent))
         with replacing(folder/'report.html') as t: t.write_text(to_html(tmp, report))
         os.replace(tmp, folder/'report.ipynb')
     except BaseException:
@@ -352,7 +367,8 @@ def run_report(
     given = check_parameters(path, **params)
     asked = {k: given.get(k, p.default) for k,p in report_parameters(path).items() if k!='run_dir'}
     name = name or run_name(path, **given)
-    if not re.fullmatch(r'\w[\w.+-]*', name): raise ValueError(f"a run cannot be named {name!r}: use letters, digits and . + - _")
+    if not re.fullmatch(r'\w[\w.+-]*', name):
+        raise ValueError(f"a run cannot be named {name!r}: use letters, digits and . + - _")
     folder = Path(root).absolute()/path.stem/name
     check_writable(folder)
     if must_run(folder, asked, force):
@@ -364,7 +380,8 @@ def run_report(
 # %% ../nbs/22_experiments.ipynb #2f92d635
 def _source(path):
     "A short hash of the report's code"
-    return hashlib.sha1(''.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type=='code').encode()).hexdigest()[:10]
+    return hashlib.sha1(''.join(c.source for c in nbformat.read(path, 4).cells
+                                if c.cell_type=='code').encode()).hexdigest()[:10]
 
 def _changed(path, folder):
     return '' if read_json(folder/'status.json').source==_source(path) else ', though the report has changed since'
@@ -375,7 +392,9 @@ def _run(path, folder, given, asked, force, progress):
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder, all=force)
     t0 = time.time()
-    def status(state, **kw): write_json(folder/'status.json', dict(state=state, source=_source(path), at=t0, seconds=round(time.time()-t0, 1), **_me(), **kw))
+    def status(state, **kw):
+        write_json(folder/'status.json', dict(state=state, source=_source(path), at=t0,
+                                              seconds=round(time.time()-t0, 1), **_me(), **kw))
     write_json(folder/'parameters.json', asked)
     status('running')
     try: execute(path, folder, given, progress)
@@ -400,7 +419,8 @@ def run_reports(
         except (RunFailed, ValueError, OSError) as e: state, folder, msg = 'failed', None, str(e)
         return AttrDict(report=Path(report).stem, state=state, seconds=time.time()-t0, folder=folder, message=msg)
     res = [one(*j) for j in jobs]
-    for r in res: print(f'{r.report:24} {r.state:9} {r.seconds:6.0f} s  {r.message or os.path.relpath(r.folder/"report.html")}')
+    for r in res:
+        print(f'{r.report:24} {r.state:9} {r.seconds:6.0f} s  {r.message or os.path.relpath(r.folder/"report.html")}')
     return res
 
 # %% ../nbs/22_experiments.ipynb #07b5a3f8
@@ -423,7 +443,8 @@ def sweep_cells(
         given = check_parameters(path, **params, **c)
         name = run_name(path, **given)
         label = f"{path.stem} {' '.join(f'{k}={given[k]}' for k in c) or name}"
-        cells.setdefault(name, AttrDict(report=path, folder=Path(root).absolute()/path.stem/name, params=given, label=label))
+        cells.setdefault(name, AttrDict(report=path, folder=Path(root).absolute()/path.stem/name,
+                                        params=given, label=label))
     return list(cells.values())
 
 # %% ../nbs/22_experiments.ipynb #5e6563d5
@@ -433,8 +454,10 @@ def cell_row(
 ):
     "`label`, `state`, `seconds`, `note` of a cell as it is now"
     s = run_status(folder)
-    note = inner_progress(folder) if s.state=='running' else f'{s.error}: {s.message}'.removeprefix('ValueError: ') if s.state=='failed' else ''
-    return AttrDict(label=label, state=s.state, seconds=time.time()-s.at if s.state=='running' else s.get('seconds'), note=note)
+    note = (inner_progress(folder) if s.state=='running' else
+            f'{s.error}: {s.message}'.removeprefix('ValueError: ') if s.state=='failed' else '')
+    return AttrDict(label=label, state=s.state,
+                    seconds=time.time()-s.at if s.state=='running' else s.get('seconds'), note=note)
 
 # %% ../nbs/22_experiments.ipynb #b24c21a9
 def time_left(
@@ -447,7 +470,10 @@ def time_left(
     return (waiting*mean + sum(max(0, mean-b) for b in busy))/max(1, len(busy))
 
 # %% ../nbs/22_experiments.ipynb #b98eac85
-def _clock(s): return '' if s is None else f'{int(s)//3600}:{int(s)//60%60:02}:{int(s)%60:02}' if s >= 3600 else f'{int(s)//60}:{int(s)%60:02}'
+def _clock(s):
+    return ('' if s is None else
+            f'{int(s)//3600}:{int(s)//60%60:02}:{int(s)%60:02}' if s >= 3600 else
+            f'{int(s)//60}:{int(s)%60:02}')
 
 def summary(
     rows, # `cell_row` of every cell
@@ -455,7 +481,8 @@ def summary(
     "'12 cells: 5 finished, 2 running, 5 new; 3:20 left'"
     count = {s: sum(r.state==s for r in rows) for s in 'finished running queued failed killed interrupted new'.split()}
     left = time_left(rows)
-    return f"{len(rows)} cell{'s'*(len(rows)!=1)}: {', '.join(f'{n} {s}' for s,n in count.items() if n)}" + (f'; {_clock(left)} left' if left else '')
+    return (f"{len(rows)} cell{'s'*(len(rows)!=1)}: {', '.join(f'{n} {s}' for s,n in count.items() if n)}"
+            + (f'; {_clock(left)} left' if left else ''))
 
 # %% ../nbs/22_experiments.ipynb #089edf5c
 def status_table(
@@ -465,7 +492,8 @@ def status_table(
 ):
     "The rows as aligned lines under their summary"
     n, keep = max(len(r.label) for r in rows), rows
-    if height and len(rows) >= height: keep = sorted(rows, key=lambda r: r.state in ('finished', 'new', 'queued'))[:max(1, height-1)]
+    if height and len(rows) >= height:
+        keep = sorted(rows, key=lambda r: r.state in ('finished', 'new', 'queued'))[:max(1, height-1)]
     lines = [f'{r.label:{n}}  {r.state:11} {_clock(r.seconds):>7}  {r.note}' for r in rows if any(r is k for k in keep)]
     return '\n'.join(l.rstrip()[:width] for l in [summary(rows), *lines])
 
@@ -481,7 +509,9 @@ class Board:
         if self.out.isatty(): self._redraw(rows)
         else:
             for r in rows:
-                if self.seen.get(r.label, 'new')!=r.state: print(f'{r.label}: {r.state}{r.note and ", "+r.note} ({summary(rows)})', file=self.out, flush=True)
+                if self.seen.get(r.label, 'new')!=r.state:
+                    print(f'{r.label}: {r.state}{r.note and ", "+r.note} ({summary(rows)})',
+                          file=self.out, flush=True)
                 self.seen[r.label] = r.state
     def _redraw(self, rows):
         w, h = shutil.get_terminal_size()
@@ -535,7 +565,8 @@ def start(self:LocalEngine,
     "A new process for `cell`"
     env = {'OMP_NUM_THREADS': str(max(1, os.cpu_count()//self.workers)), **os.environ}
     with open(_log(cell), 'w') as f:
-        p = subprocess.Popen([sys.executable, '-c', _worker], stdin=subprocess.PIPE, stdout=f, stderr=f, env=env, start_new_session=True)
+        p = subprocess.Popen([sys.executable, '-c', _worker], stdin=subprocess.PIPE, stdout=f, stderr=f,
+                             env=env, start_new_session=True)
     self.jobs[cell.folder] = p
     with p.stdin: pickle.dump(dict(report=cell.report, parent=os.getpid(), params=cell.params, **kw), p.stdin)
 
@@ -552,7 +583,8 @@ def last_line(
     file, # a log
 ):
     "Its last line that is not empty"
-    return next((l.strip() for l in reversed(file.read_text(errors='replace').splitlines()) if l.strip()), '') if file.exists() else ''
+    return next((l.strip() for l in reversed(file.read_text(errors='replace').splitlines())
+                 if l.strip()), '') if file.exists() else ''
 
 @patch
 def error(self:LocalEngine,
@@ -560,7 +592,8 @@ def error(self:LocalEngine,
 ):
     "Why the process of `cell` ended badly; '' if it did not, or left the cell to others"
     code = self.jobs[cell.folder].returncode
-    return '' if code==0 else f'ended by {signal.Signals(-code).name}: out of memory?' if code < 0 else last_line(_log(cell))
+    return ('' if code==0 else
+            f'ended by {signal.Signals(-code).name}: out of memory?' if code < 0 else last_line(_log(cell)))
 
 # %% ../nbs/22_experiments.ipynb #5cc8b3e7
 def look(
@@ -573,7 +606,8 @@ def look(
     row, mine = cell_row(cell.label, cell.folder), engine.busy(cell)
     new = n > cell.setdefault('n0', n)
     done = not mine and (row.state=='finished' and (new or not force) or row.state=='failed' and new)
-    if not (mine or done) and (err := cell.get('started') and engine.error(cell)): row.state, row.note, done = 'failed', err, True
+    if not (mine or done) and (err := cell.get('started') and engine.error(cell)):
+        row.state, row.note, done = 'failed', err, True
     free = not (mine or done or row.state in ('running', 'queued') or who and not who.over and alive(who))
     return AttrDict(row=row, done=done, free=free, n=n)
 
@@ -621,8 +655,10 @@ class Job:
 # %% ../nbs/22_experiments.ipynb #69cd9e75
 def _check_limit(minutes, warn):
     ready = 60*minutes - warn - 60
-    if ready < 20: raise ValueError(f'timeout_min={minutes} is too short for a warning {warn} s before the end, which may come a minute early: '
-                                    f'choose timeout_min >= {-(-(warn+80)//60)}, or a smaller slurm_signal_delay_s')
+    if ready < 20:
+        raise ValueError(f'timeout_min={minutes} is too short for a warning {warn} s before the end, '
+                         f'which may come a minute early: choose timeout_min >= {-(-(warn+80)//60)}, '
+                         'or a smaller slurm_signal_delay_s')
 
 # %% ../nbs/22_experiments.ipynb #17d17682
 class SlurmEngine:
@@ -636,13 +672,16 @@ class SlurmEngine:
         **options,       # of submitit: mem_gb, gpus_per_node, cpus_per_task, slurm_partition, ...
     ):
         try: import submitit
-        except ImportError: raise ValueError("this engine needs submitit: pip install 'spectral_diffusion[slurm]'") from None
+        except ImportError:
+            raise ValueError("this engine needs submitit: pip install 'spectral_diffusion[slurm]'") from None
         if cluster=='slurm': _check_limit(timeout_min, options.get('slurm_signal_delay_s', 90))
         self.jobs, self.cluster = {}, cluster
         try:
             self.executor = submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=chain)
-            self.executor.update_parameters(**dict(timeout_min=timeout_min, slurm_additional_parameters=dict(requeue=True))|options)
-        except (RuntimeError, NameError, AssertionError, ValueError) as e: raise ValueError(str(e).splitlines()[0]) from None
+            self.executor.update_parameters(
+                **dict(timeout_min=timeout_min, slurm_additional_parameters=dict(requeue=True))|options)
+        except (RuntimeError, NameError, AssertionError, ValueError) as e:
+            raise ValueError(str(e).splitlines()[0]) from None
 
 # %% ../nbs/22_experiments.ipynb #2f3ad5bd
 @patch
@@ -683,9 +722,12 @@ def error(self:SlurmEngine,
 @patch
 def stop(self:SlurmEngine):
     "Leave jobs in Slurm to go on, end local ones"
-    left = [j for j in self.jobs.values() if not j.done()] if self.cluster=='local' else [j for j in self.jobs.values() if job_state(j.job_id)]
+    left = ([j for j in self.jobs.values() if not j.done()] if self.cluster=='local' else
+            [j for j in self.jobs.values() if job_state(j.job_id)])
     if self.cluster=='local': [j.cancel() for j in left]
-    elif left: print(f"{len(left)} jobs go on in Slurm: sdiff_status shows them, scancel {' '.join(j.job_id for j in left)} ends them", file=sys.stderr)
+    elif left:
+        print(f"{len(left)} jobs go on in Slurm: sdiff_status shows them, "
+              f"scancel {' '.join(j.job_id for j in left)} ends them", file=sys.stderr)
 
 # %% ../nbs/22_experiments.ipynb #682b6c93
 _engines = dict(local=LocalEngine, slurm=SlurmEngine, submitit=SlurmEngine)
@@ -697,7 +739,9 @@ def make_engine(
 ):
     "An engine by name"
     if name not in _engines: raise ValueError(f"no engine '{name}'; there are: {', '.join(_engines)}")
-    try: return LocalEngine(**options) if name=='local' else SlurmEngine(Path(root).absolute()/'.jobs', dict(submitit='local').get(name, name), **options)
+    try:
+        return (LocalEngine(**options) if name=='local' else
+                SlurmEngine(Path(root).absolute()/'.jobs', dict(submitit='local').get(name, name), **options))
     except TypeError as e: raise ValueError(f'engine {name}: {str(e).split("() ")[-1]}') from None
 
 # %% ../nbs/22_experiments.ipynb #869e3613
@@ -727,7 +771,8 @@ def list_reports():
 def _args(argv):
     p = argparse.ArgumentParser('sdiff_run', description='Run reports, each into runs/<report>/<name>.')
     p.add_argument('report', nargs='*', help='name or path of a report')
-    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='set a parameter (repeat)')
+    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'),
+                   help='set a parameter (repeat)')
     p.add_argument('--size', help='short for -p size SIZE')
     p.add_argument('--name', help='name of the run')
     p.add_argument('--root', default='runs', help='folder of all runs (default: runs)')
@@ -755,7 +800,8 @@ def sdiff_run(
     try:
         if a.list: return list_reports()
         for r in a.report: check_parameters(find_report(r), **params)
-        if len(a.report)>1: sys.exit(any(o.state=='failed' for o in run_reports([(r, params) for r in a.report], **opts)))
+        if len(a.report)>1:
+            sys.exit(any(o.state=='failed' for o in run_reports([(r, params) for r in a.report], **opts)))
         print(os.path.relpath(run_report(a.report[0], **opts, **params)/'report.html'))
     except (RunFailed, ValueError, OSError) as e: sys.exit(str(e))
     except KeyboardInterrupt: _interrupted()
@@ -764,23 +810,30 @@ def sdiff_run(
 def _values(s):
     "'1,2' or '[[1,2],[3]]' as a list"
     try: return list(ast.literal_eval(s)) if s.startswith('[') else s.split(',')
-    except (ValueError, SyntaxError, TypeError): raise ValueError(f"cannot read the values {s!r}: write them like 1,2,3 or like [[1,2],[3]]") from None
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(f"cannot read the values {s!r}: write them like 1,2,3 or like [[1,2],[3]]") from None
 
 def _grid(pairs):
     "The grid of a command line's `-p`; a parameter given twice is a slip"
-    if twice := [k for k,n in Counter(k for k,_ in pairs).items() if n>1]: raise ValueError(f"parameter '{twice[0]}' is given twice: write its values as one list")
+    if twice := [k for k,n in Counter(k for k,_ in pairs).items() if n>1]:
+        raise ValueError(f"parameter '{twice[0]}' is given twice: write its values as one list")
     return {k: _values(v) for k,v in pairs}
 
 # %% ../nbs/22_experiments.ipynb #a4093d70
 def _sweep_args(argv):
-    p = argparse.ArgumentParser('sdiff_sweep', description='Run reports with every combination of values, each into runs/<report>/<name>. May be started several times, on several machines.')
+    p = argparse.ArgumentParser('sdiff_sweep',
+        description='Run reports with every combination of values, each into runs/<report>/<name>. '
+                    'May be started several times, on several machines.')
     p.add_argument('report', nargs='+', help='name or path of a report')
-    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUES'), help='values of a parameter: 1,2,3 or [[1,2],[3]] (repeat)')
-    p.add_argument('--cells', help='JSON file with a list of cells, each an object of parameters; -p is then for all of them')
+    p.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUES'),
+                   help='values of a parameter: 1,2,3 or [[1,2],[3]] (repeat)')
+    p.add_argument('--cells',
+                   help='JSON file with a list of cells, each an object of parameters; -p is then for all of them')
     p.add_argument('--engine', default='local', help=f"{', '.join(_engines)} (default: local)")
     p.add_argument('--workers', type=int, help='engine local: cells at the same time (default: 1)')
     p.add_argument('--timeout-min', type=int, help='engine slurm: limit of a job, which goes on after it (default: 60)')
-    p.add_argument('-s', nargs=2, action='append', default=[], metavar=('OPTION', 'VALUE'), help='engine slurm: option of submitit, such as slurm_partition, gpus_per_node (repeat)')
+    p.add_argument('-s', nargs=2, action='append', default=[], metavar=('OPTION', 'VALUE'),
+                   help='engine slurm: option of submitit, such as slurm_partition, gpus_per_node (repeat)')
     p.add_argument('--root', default='runs', help='folder of all runs (default: runs)')
     p.add_argument('--force', action='store_true', help='run again what is finished')
     return p.parse_args(argv)
@@ -794,7 +847,8 @@ def _sweep_cells(a):
     "Every cell that the arguments ask for, checked"
     if not a.cells: return [c for r in a.report for c in sweep_cells(r, _grid(a.p), a.root)]
     grid = json.loads(Path(a.cells).read_text())
-    if not isinstance(grid, list) or not all(isinstance(c, dict) for c in grid): raise ValueError(f'{a.cells} must hold a list of objects, such as [{{"lr": 0.1}}]')
+    if not isinstance(grid, list) or not all(isinstance(c, dict) for c in grid):
+        raise ValueError(f'{a.cells} must hold a list of objects, such as [{{"lr": 0.1}}]')
     return [c for r in a.report for c in sweep_cells(r, grid, a.root, **dict(a.p))]
 
 # %% ../nbs/22_experiments.ipynb #43368e3a
@@ -803,7 +857,8 @@ def sdiff_sweep(
 ):
     "Console script: run every cell of a sweep, with a table of how it goes"
     a = _sweep_args(argv)
-    options = {k: v for k,v in dict(workers=a.workers, timeout_min=a.timeout_min).items() if v is not None} | {k: _literal(v) for k,v in a.s}
+    options = ({k: v for k,v in dict(workers=a.workers, timeout_min=a.timeout_min).items() if v is not None}
+               | {k: _literal(v) for k,v in a.s})
     try:
         cells = _sweep_cells(a)
         check_writable(a.root)
@@ -832,8 +887,10 @@ def sdiff_status(
     a, board = p.parse_args(argv), Board(sys.stdout)
     try:
         if not status_rows(a.root): sys.exit(f"no runs in '{a.root}'")
-        while a.watch and any(r.state in ('running', 'queued') for r in status_rows(a.root)): board.show(status_rows(a.root)); time.sleep(1)
-        print(status_table(status_rows(a.root))) if not a.watch or not sys.stdout.isatty() else board.show(status_rows(a.root))
+        while a.watch and any(r.state in ('running', 'queued') for r in status_rows(a.root)):
+            board.show(status_rows(a.root)); time.sleep(1)
+        (print(status_table(status_rows(a.root))) if not a.watch or not sys.stdout.isatty() else
+         board.show(status_rows(a.root)))
     except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/22_experiments.ipynb #1918a9d5
@@ -842,7 +899,8 @@ def leaks(
     private, # paths that must not appear
 ):
     "The strings in `o` that show a private path, or are an absolute path; images are not looked into"
-    if isinstance(o, dict): return [s for k,v in o.items() if not str(k).startswith('image/') for s in leaks(v, private)]
+    if isinstance(o, dict):
+        return [s for k,v in o.items() if not str(k).startswith('image/') for s in leaks(v, private)]
     if isinstance(o, (list,tuple)): return [s for v in o for s in leaks(v, private)]
     return [o] if isinstance(o, str) and (any(p in o for p in private) or re.fullmatch(r'/\w[^\n]*', o)) else []
 
@@ -864,7 +922,8 @@ def clean_report(
     nb = read_nb(nb_file)
     clean_nb(nb, allowed_cell_metadata_keys=['tags'])
     for c in nb.cells:
-        if 'injected-parameters' in c.metadata.get('tags', []): c.source = re.sub(r'^run_dir = .*$', "run_dir = ''", c.source, flags=re.M)
+        if 'injected-parameters' in c.metadata.get('tags', []):
+            c.source = re.sub(r'^run_dir = .*$', "run_dir = ''", c.source, flags=re.M)
     return nb2str(nb)
 
 # %% ../nbs/22_experiments.ipynb #eb50faca
@@ -873,13 +932,15 @@ def publishable(
     allow_dirty=False, # also from a tree with uncommitted changes
 )->dict:               # file name to text
     "The files of a run as they may be published; `ValueError` if it is not finished, not of a clean commit, or shows a path"
-    if (state := run_state(run))!='finished': raise ValueError(f"'{run}' is {state}: only a finished run can be promoted")
+    if (state := run_state(run))!='finished':
+        raise ValueError(f"'{run}' is {state}: only a finished run can be promoted")
     files = {n: (run/n).read_text() for n in ('parameters.json', 'system.json', 'metrics.json')}
     if read_json(run/'system.json').dirty is not False and not allow_dirty:
         raise ValueError(f"'{run}' was not made from a clean commit: commit and run it again, or allow_dirty")
     files['report.ipynb'] = clean_report(run/'report.ipynb')
     if bad := leaks([json.loads(t) for t in files.values()], private_paths(run)):
-        raise ValueError(f"'{run}' shows a place on this machine ({bad[0].strip()[:80]!r}): print names instead of paths, and run it again")
+        raise ValueError(f"'{run}' shows a place on this machine ({bad[0].strip()[:80]!r}): "
+                         "print names instead of paths, and run it again")
     return files
 
 # %% ../nbs/22_experiments.ipynb #eaad1afe
@@ -904,7 +965,8 @@ def _visible(c):
     "Cell `c` as the README shows it; None if it does not"
     directives = ' '.join(re.findall(r'^#\|(.*)$', c.source, re.M))
     if c.cell_type=='raw' or re.search(r'\b(hide|export|default_exp)\b', directives): return None
-    c.source = re.sub(r'\A---\n.*?\n---\n|^#\|.*\n?', '', c.source, flags=re.S if c.cell_type=='markdown' else re.M).strip()
+    c.source = re.sub(r'\A---\n.*?\n---\n|^#\|.*\n?', '', c.source,
+                      flags=re.S if c.cell_type=='markdown' else re.M).strip()
     if re.search(r'echo:\s*false', directives): c.metadata.tags = ['no-source']
     return c
 
@@ -914,7 +976,8 @@ def relink(
     folder='nbs',
 ):
     "`text` with relative links and image sources starting at the root"
-    def sub(m): return m[1] + (m[2] if re.match(r'\w+:|[#/]', m[2]) else posixpath.normpath(posixpath.join(folder, m[2])))
+    def sub(m):
+        return m[1] + (m[2] if re.match(r'\w+:|[#/]', m[2]) else posixpath.normpath(posixpath.join(folder, m[2])))
     return re.sub(r'(\]\(|src=")([^)\s"]+)', sub, text)
 
 # %% ../nbs/22_experiments.ipynb #e8acabb4
@@ -925,7 +988,8 @@ def render_readme(
     nb = nbformat.read(index, 4)
     nb.cells = [c for c in map(_visible, nb.cells) if c and (c.source or c.get('outputs'))]
     if any('image/png' in o.get('data', {}) for c in nb.cells for o in c.get('outputs', [])):
-        raise ValueError(f"{index} shows a figure as a cell's output, which a README cannot hold: save it under nbs/images and link it")
+        raise ValueError(f"{index} shows a figure as a cell's output, which a README cannot hold: "
+                         "save it under nbs/images and link it")
     exporter = MarkdownExporter(config={'TagRemovePreprocessor': dict(enabled=True, remove_input_tags=['no-source'])})
     text = relink(exporter.from_notebook_node(nb)[0], Path(index).parent.name)
     return re.sub(r'\n{3,}', '\n\n', text).strip()+'\n'
@@ -936,9 +1000,11 @@ def refresh(
 ):
     "Run the cells of the front page that show results without their source, and keep what they show"
     nb = nbformat.read(index, 4)
-    part = nbformat.v4.new_notebook(cells=[c for c in nb.cells if c.cell_type=='code' and re.search(r'^#\| *echo: *false', c.source, re.M)])
+    part = nbformat.v4.new_notebook(cells=[
+        c for c in nb.cells if c.cell_type=='code' and re.search(r'^#\| *echo: *false', c.source, re.M)])
     with tempfile.TemporaryDirectory() as d:
-        NotebookClient(part, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(index).parent))), **kernel_options(d)).execute()
+        NotebookClient(part, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(index).parent))),
+                       **kernel_options(d)).execute()
     with replacing(index) as t:
         nbformat.write(nb, t)
         t.write_text(clean_report(t))

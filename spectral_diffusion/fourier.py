@@ -54,7 +54,8 @@ def bands(size:tuple, # spatial size, S
     "The ring that each coefficient of `hartley` belongs to"
     top = math.sqrt(len(size))/2
     idx = (freqs(size)/top*((n or round(top*max(size)) + 1) - 1)).round().long()
-    if n and len(idx.unique()) < n: raise ValueError(f'{n} rings are too many for a field of {tuple(size)}: some would be empty')
+    if n and len(idx.unique()) < n:
+        raise ValueError(f'{n} rings are too many for a field of {tuple(size)}: some would be empty')
     return idx
 
 # %% ../nbs/03_fourier.ipynb #4167dd16
@@ -80,14 +81,17 @@ def noise_like(x:Tensor, # for shape, dtype and device
                generator:torch.Generator=None # source, on any device
               ) -> Tensor:
     "Unit white noise"
-    return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
+    return torch.randn(x.shape, generator=generator,
+                       device=generator.device if generator else x.device, dtype=x.dtype).to(x.device)
 
 # %% ../nbs/03_fourier.ipynb #e27c5ff5
 def same_size(g:Tensor, # values per frequency, (*S)
               x:Tensor # field, (B, C, *S)
              ) -> Tensor: # g
     "Refuse a spectrum of another size than the field's"
-    if g.shape != x.shape[2:]: raise ValueError(f'the spectrum is for fields of {tuple(g.shape)}, this one is {tuple(x.shape[2:])}: make it for that size')
+    if g.shape != x.shape[2:]:
+        raise ValueError(f'the spectrum is for fields of {tuple(g.shape)}, this one is {tuple(x.shape[2:])}: '
+                         'make it for that size')
     return g
 
 # %% ../nbs/03_fourier.ipynb #dabb97e1
@@ -96,13 +100,16 @@ class Noise:
     def __init__(self,
         psd:Tensor=None # power per coefficient, (*S), laid out as `freqs(S)`, > 0; None: white
     ):
-        if psd is not None and not ((psd > 0) & psd.isfinite()).all(): raise ValueError('noise psd must be positive and finite at every frequency: an empty one cannot be inverted')
+        if psd is not None and not ((psd > 0) & psd.isfinite()).all():
+            raise ValueError('noise psd must be positive and finite at every frequency: '
+                             'an empty one cannot be inverted')
         self.gain = None if psd is None else (psd/psd.mean()).sqrt()
     def _filter(self, x, g): return x if g is None else hartley(same_size(g, x).to(x)*hartley(x))
     def color(self, eps): return self._filter(eps, self.gain)
     def whiten(self, n): return self._filter(n, None if self.gain is None else 1/self.gain)
     def __call__(self, shape, generator=None, device=None):
-        return self.color(noise_like(torch.empty(shape, device=device or (generator.device if generator else None)), generator))
+        return self.color(noise_like(
+            torch.empty(shape, device=device or (generator.device if generator else None)), generator))
 
 # %% ../nbs/03_fourier.ipynb #8b12724e
 def power_law(size:tuple, # spatial size, S

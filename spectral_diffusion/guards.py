@@ -50,7 +50,8 @@ class Fence:
         return mid, max(self.k*1.4826*sorted(abs(v-mid) for v in w)[len(w)//2], self.least)
     def levels(self):
         "Typical norm, and the largest that is no outlier"
-        return tuple(math.exp(min(v, 700.)) for v in (self.stats()[0], sum(self.stats()))) if len(self.logs) >= self.first else (math.inf, math.inf)
+        return (tuple(math.exp(min(v, 700.)) for v in (self.stats()[0], sum(self.stats())))
+                if len(self.logs) >= self.first else (math.inf, math.inf))
     def __call__(self, norm):
         x = math.log(max(norm, 1e-38))
         mid, room = self.stats() if len(self.logs) >= self.first else (x, 0.)
@@ -71,26 +72,36 @@ class Rollback:
         every:int=100, # steps between copies
         most:int=6, # returns from one place, or halvings, before giving up
         heal:int=10 # copies in a row without trouble, then a halving is undone
-    ): self.every,self.most,self.heal,self.good,self.sick,self.calm,self.tries,self.moved = every,most,heal,None,None,0,0,True
+    ): self.every,self.most,self.heal,self.good,self.sick,self.calm,self.tries,self.moved = (
+           every,most,heal,None,None,0,0,True)
     def before(self, s):
-        if s.callbacks[-1] is not self: raise ValueError('Rollback must be the last callback: what comes after it would see one step twice')
+        if s.callbacks[-1] is not self:
+            raise ValueError('Rollback must be the last callback: what comes after it would see one step twice')
         self.s, s.sick = s, None
     def ready(self, s):
         s.sick = s.sick or self.sick
         if self.good is None: self.keep() if s.step else self.take()
         elif s.sick: self.back()
-    def due(self): return self.s.step % self.every == 0 and not self.s.sick and all(c.well(self.s) for c in self.s.callbacks if hasattr(c, 'well'))
-    def take(self): self.good, self.tries = None, 0; self.good = _everywhere(self.s.accelerator, copy.deepcopy(self.s.state_dict()))
+    def due(self):
+        return (self.s.step % self.every == 0 and not self.s.sick
+                and all(c.well(self.s) for c in self.s.callbacks if hasattr(c, 'well')))
+    def take(self):
+        self.good, self.tries = None, 0
+        self.good = _everywhere(self.s.accelerator, copy.deepcopy(self.s.state_dict()))
     def keep(self):
         self.calm += 1
-        if self.s.scale < 1 and self.calm >= self.heal: self.s.scale, self.calm = 2*self.s.scale, 0; self.s.event('healed', scale=self.s.scale)
+        if self.s.scale < 1 and self.calm >= self.heal:
+            self.s.scale, self.calm = 2*self.s.scale, 0; self.s.event('healed', scale=self.s.scale)
         self.take()
     def before_step(self, s): self.moved |= not s.skip
     def after_step(self, s):
         if s.sick: self.back()
         elif self.due(): self.keep()
-    def state_dict(self): return dict(good=None if self.good is None or self.due() else self.good, sick=self.s.sick, counts=[self.calm, self.tries, self.moved])
-    def load_state_dict(self, state): self.good, self.sick, (self.calm, self.tries, self.moved) = state['good'], state['sick'], state['counts']
+    def state_dict(self):
+        return dict(good=None if self.good is None or self.due() else self.good, sick=self.s.sick,
+                    counts=[self.calm, self.tries, self.moved])
+    def load_state_dict(self, state):
+        self.good, self.sick, (self.calm, self.tries, self.moved) = state['good'], state['sick'], state['counts']
 
 # %% ../nbs/16_guards.ipynb #5a6dc57f
 @patch
@@ -99,7 +110,9 @@ def back(self:Rollback):
     s, self.tries = self.s, self.tries + 1
     at, why, scale = s.step, s.sick, s.scale/2 if self.moved else s.scale
     if self.tries > self.most or scale < .5**self.most:
-        raise FloatingPointError(f'step {at}: {why}, after {self.tries-1} returns to step {self.good["counts"]["step"]} (lr is now {s.lr:.2g}): check the data, or start with a lower lr')
+        raise FloatingPointError(f'step {at}: {why}, after {self.tries-1} returns to step '
+                                 f'{self.good["counts"]["step"]} (lr is now {s.lr:.2g}): '
+                                 'check the data, or start with a lower lr')
     good = copy.deepcopy(self.good)                                   # the optimiser will own what it loads
     onward = {i: c.state_dict() for i,c in s._keepers().items() if getattr(c, 'onward', False)}
     s.load_state_dict({**good, 'callbacks': {**good['callbacks'], **onward}}, where=False)
@@ -110,7 +123,9 @@ def back(self:Rollback):
 class Guard:
     "Base of the guards that ask for a return by setting `s.sick`"
     def ready(self, s):
-        if not isinstance(s.callbacks[-1], Rollback): raise ValueError(f'{type(self).__name__} asks for returns to earlier weights: put a Rollback() at the end of the callbacks')
+        if not isinstance(s.callbacks[-1], Rollback):
+            raise ValueError(f'{type(self).__name__} asks for returns to earlier weights: '
+                             'put a Rollback() at the end of the callbacks')
 
 # %% ../nbs/16_guards.ipynb #32ed58eb
 class SpikeGuard(Guard):
@@ -128,11 +143,14 @@ class SpikeGuard(Guard):
             self.streak, self.calm, s.clip = 0, self.calm + 1, min(s.clip, self.clip*typical)
             return
         s.skip, self.streak, self.calm = True, self.streak + 1, 0
-        s.event('skipped', why=f'gradient norm {norm:.3g} is above {top:.3g}' if finite else f'loss {loss:.3g}, gradient norm {norm:.3g}')
+        s.event('skipped', why=f'gradient norm {norm:.3g} is above {top:.3g}' if finite
+                               else f'loss {loss:.3g}, gradient norm {norm:.3g}')
         if self.streak == self.patience: self.streak, s.sick = 0, f'{self.patience} steps in a row had to be skipped'
     def well(self, s): return self.calm >= 10
     def state_dict(self): return dict(logs=[*self.fence.logs], counts=[self.streak, self.calm])
-    def load_state_dict(self, state): self.fence.logs.clear(); self.fence.logs.extend(state['logs']); self.streak, self.calm = state['counts']
+    def load_state_dict(self, state):
+        self.fence.logs.clear(); self.fence.logs.extend(state['logs'])
+        self.streak, self.calm = state['counts']
 
 # %% ../nbs/16_guards.ipynb #16618a0b
 @torch.no_grad()
@@ -163,23 +181,27 @@ class CollapseGuard(Guard):
         low:float=.05, # R2 of a collapsed network
         high:float=.5 # R2 that has to be reached first
     ):
-        self.probe = x0, (torch.arange(len(x0)).double() + .5)/len(x0), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), cond
+        self.probe = (x0, (torch.arange(len(x0)).double() + .5)/len(x0),
+                      torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), cond)
         self.bins,self.every,self.low,self.high,self.at = bins,every,low,high,None
         self.best = torch.full((bins, x0.shape[1]), -math.inf)
     def look(self, s):
         if self.at != s.step:
             dev = next(s.denoiser.parameters()).device
-            s.denoiser.eval(); self.r2 = r_squared(s.denoiser, *(p if p is None else p.to(dev) for p in self.probe), self.bins).cpu(); s.denoiser.train()
+            s.denoiser.eval()
+            self.r2 = r_squared(s.denoiser, *(p if p is None else p.to(dev) for p in self.probe), self.bins).cpu()
+            s.denoiser.train()
             self.at = s.step
         return self.r2
     def ready(self, s):
         super().ready(s)
-        if s.step: self.after_step(s)                                 # resumed: the look that this step still has to get
+        if s.step: self.after_step(s)                       # resumed: the look that this step still has to get
     def after_step(self, s):
         if s.step % self.every: return
         r2 = self.look(s); self.best = self.best.maximum(r2.nan_to_num(-math.inf))
         for b, c in ((self.best > self.high) & ~(r2 >= self.low)).nonzero().tolist()[:1]:
-            s.sick, self.at = f'R2 in channel {c} around t={(b+.5)/self.bins:.2f} fell from {self.best[b,c]:.2f} to {r2[b,c]:.2f}', None
+            s.sick, self.at = (f'R2 in channel {c} around t={(b+.5)/self.bins:.2f} '
+                               f'fell from {self.best[b,c]:.2f} to {r2[b,c]:.2f}'), None
     def well(self, s): return bool((self.look(s) >= self.best - .2).all())
     def state_dict(self): return dict(best=self.best.clone())
     def load_state_dict(self, state): self.best, self.at = state['best'].clone(), None
@@ -201,7 +223,8 @@ class Faulty:
         batch=lambda n, x: x, # what becomes of batch n
         lr=lambda n: 1., # factor on the learning rate
         size=lambda n: 1. # factor on the loss
-    ): self.data,self.batch,self.lr,self.size,self.n,self.hot = data,batch,lr,size,0,SimpleNamespace(before_step=self.heat)
+    ): self.data,self.batch,self.lr,self.size,self.n,self.hot = (
+           data,batch,lr,size,0,SimpleNamespace(before_step=self.heat))
     def __iter__(self): return self
     def __next__(self): self.n += 1; return self.batch(self.n, next(self.data))
     def heat(self, s): s.opt.param_groups[0]['lr'] = s.lr*self.lr(self.n)
@@ -221,7 +244,8 @@ faults = dict(
 # %% ../nbs/16_guards.ipynb #a92bbd32
 class Trace:
     "Everything that happened, in the order in which it happened; R2 on `probe` every 10 batches"
-    def __init__(self, probe): self.guard,self.loss,self.norm,self.r2,self.marks = CollapseGuard(probe),[],[],[],[]; self.skips = 0
+    def __init__(self, probe):
+        self.guard,self.loss,self.norm,self.r2,self.marks = CollapseGuard(probe),[],[],[],[]; self.skips = 0
     def ready(self, s): self.s = s
     def after_step(self, s):
         self.loss.append(s.loss.item()); self.norm.append(s.norm.item()); self.skips += s.skip
@@ -239,29 +263,40 @@ def trial(fault:str, # a key of `faults`
          ) -> SimpleNamespace: # held (held-out loss), skips, events, scale, trace, why (it ended early)
     "A small run that goes wrong in a known way"
     gen, data = lambda i: torch.Generator().manual_seed(2*seed + i), digits()
-    with torch.random.fork_rng(): torch.manual_seed(seed); D = Denoiser(UNet(2, 1, 8, (1,2), 1), schedule or cosine(), target, .5)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); D = Denoiser(UNet(2, 1, 8, (1,2), 1), schedule or cosine(), target, .5)
     probe, x0 = to_field(data.train[:64]), to_field(data.test[:256])
     f, trace, why = Faulty(Batches(data.train, 32, gen(0)), **faults[fault](80 + 7*seed)), Trace(probe), ''
-    try: fit(D, f, steps, lr, loss=f.loss, generator=gen(1), callbacks=[f.hot, trace, *(guards(probe, every=40, look=20) if callbacks == 'guards' else callbacks or [])])
+    try:
+        fit(D, f, steps, lr, loss=f.loss, generator=gen(1), callbacks=[
+            f.hot, trace, *(guards(probe, every=40, look=20) if callbacks == 'guards' else callbacks or [])])
     except FloatingPointError as e: why = str(e)
-    with torch.no_grad(): held = denoising_loss(D, x0, (torch.arange(256)+.5)/256, torch.randn(x0.shape, generator=gen(0))).mean().item()
-    return SimpleNamespace(held=held, skips=trace.skips, trace=trace, why=why, events=trace.s.events, scale=trace.s.scale)
+    with torch.no_grad():
+        held = denoising_loss(D, x0, (torch.arange(256)+.5)/256,
+                              torch.randn(x0.shape, generator=gen(0))).mean().item()
+    return SimpleNamespace(held=held, skips=trace.skips, trace=trace, why=why,
+                           events=trace.s.events, scale=trace.s.scale)
 
 # %% ../nbs/16_guards.ipynb #323438fa
 def plot_trial(runs:dict # name -> what `trial` returned
               ):
     "Loss, gradient norm with the guards' deeds, and R2 (cut at -.5), batch by batch, a row for each run; returns the figure"
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(runs), 3, figsize=(11, 2.1*len(runs) + .5), layout='constrained', sharex=True, sharey='col', squeeze=False)
+    fig, axs = plt.subplots(len(runs), 3, figsize=(11, 2.1*len(runs) + .5), layout='constrained',
+                            sharex=True, sharey='col', squeeze=False)
     for (name, r), (a, b, c) in zip(runs.items(), axs):
-        a.semilogy([30*v for v in r.trace.loss], lw=.8, c='C0'); a.set_ylabel(name); b.semilogy(r.trace.norm, lw=.8, c='C0'); b.axhline(1, c='.5', ls=':', lw=1)
+        a.semilogy([30*v for v in r.trace.loss], lw=.8, c='C0'); a.set_ylabel(name)
+        b.semilogy(r.trace.norm, lw=.8, c='C0'); b.axhline(1, c='.5', ls=':', lw=1)
         for what, mark, y in (('skipped', 'x', .94), ('rolled back', '^', .84), ('healed', 'o', .74)):
-            if at := [n-1 for n, w in r.trace.marks if w == what]: b.plot(at, [y]*len(at), mark, c='k', ms=5, transform=b.get_xaxis_transform(), label=what)
+            if at := [n-1 for n, w in r.trace.marks if w == what]:
+                b.plot(at, [y]*len(at), mark, c='k', ms=5, transform=b.get_xaxis_transform(), label=what)
         for k, q in enumerate(torch.stack(r.trace.r2 or [torch.zeros(0)]).T):
-            c.plot(range(9, 10*len(q), 10), q.clamp(min=-.5), c=plt.cm.cividis(k/4), ls=('-', '--', '-.', ':')[k], label=f't = {k/4:.2f} to {(k+1)/4:.2f}')
+            c.plot(range(9, 10*len(q), 10), q.clamp(min=-.5), c=plt.cm.cividis(k/4),
+                   ls=('-', '--', '-.', ':')[k], label=f't = {k/4:.2f} to {(k+1)/4:.2f}')
         c.axhline(.05, c='.5', ls=':', lw=1); c.set(ylim=(-.55, 1))
         if len(b.lines) > 2: b.legend(fontsize=7, loc='upper right')
-    for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: collapsed)')): ax.set_title(title)
+    for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: collapsed)')):
+        ax.set_title(title)
     for ax in axs[-1]: ax.set_xlabel('batches seen')
     fig.legend(*c.get_legend_handles_labels(), loc='outside right center', fontsize=8)
     return fig
@@ -303,16 +338,20 @@ def budget(denoiser:Denoiser, # network on the device where it will be trained
           ) -> dict: # part -> bytes
     "What training with AdamW needs"
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
-    weights, moving = size([*denoiser.parameters(), *denoiser.buffers()]), size(p for p in denoiser.parameters() if p.requires_grad)
-    one, two = (saved_bytes(denoiser, x0[:1].expand(n, *x0.shape[1:]), cond if cond is None else cond[:1].expand(n, *cond.shape[1:])) for n in (1,2))
-    parts = dict(weights=weights, average=ema*weights, gradients=moving, moments=2*moving, activations=one + (len(x0)-1)*(two-one))
+    weights, moving = (size([*denoiser.parameters(), *denoiser.buffers()]),
+                       size(p for p in denoiser.parameters() if p.requires_grad))
+    one, two = (saved_bytes(denoiser, x0[:1].expand(n, *x0.shape[1:]),
+                            cond if cond is None else cond[:1].expand(n, *cond.shape[1:])) for n in (1,2))
+    parts = dict(weights=weights, average=ema*weights, gradients=moving, moments=2*moving,
+                 activations=one + (len(x0)-1)*(two-one))
     return parts | dict(copy=2*back*(weights + parts['average'] + 2*moving))     # two, while one is made or used
 
 # %% ../nbs/16_guards.ipynb #b846aea7
 def _allowed(folder, limit, used, stat):
     "What one control group still allows; file pages that can be dropped are not in use"
     if not (folder/limit).exists() or (top := (folder/limit).read_text().strip()) == 'max': return math.inf
-    drop = next((int(l.split()[1]) for l in (folder/'memory.stat').read_text().splitlines() if l.startswith(stat + ' ')), 0)
+    drop = next((int(l.split()[1]) for l in (folder/'memory.stat').read_text().splitlines()
+                 if l.startswith(stat + ' ')), 0)
     return int(top) - int((folder/used).read_text()) + drop
 
 # %% ../nbs/16_guards.ipynb #791b3693
@@ -324,10 +363,12 @@ def host_free(proc='/proc', # where the kernel tells about memory
     if not (proc/'meminfo').exists():
         import psutil
         return psutil.virtual_memory().available
-    room = [1024*next(int(l.split()[1]) for l in (proc/'meminfo').read_text().splitlines() if l.startswith('MemAvailable'))]
+    room = [1024*next(int(l.split()[1]) for l in (proc/'meminfo').read_text().splitlines()
+                      if l.startswith('MemAvailable'))]
     for _, kind, path in (l.split(':', 2) for l in (proc/'self'/'cgroup').read_text().splitlines()):
         if kind not in ('', 'memory'): continue
-        root, files = (groups/kind, ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')) if kind else (groups, ('memory.max', 'memory.current', 'inactive_file'))
+        root, files = ((groups/kind, ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'))
+                       if kind else (groups, ('memory.max', 'memory.current', 'inactive_file')))
         at = root/path.strip('/')
         room += [_allowed(p, *files) for p in (at, *at.parents) if p.is_relative_to(root)]
     return min(room)
@@ -340,10 +381,12 @@ def resident() -> int: # bytes
         return psutil.Process().memory_info().rss
     return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
 
-def _held(dev): return dict(host=resident()) | (dict(device=torch.cuda.memory_allocated(dev)) if dev.type == 'cuda' else {})
+def _held(dev):
+    return dict(host=resident()) | (dict(device=torch.cuda.memory_allocated(dev)) if dev.type == 'cuda' else {})
 def _room(dev):
     "Free bytes; blocks on a GPU that torch keeps for later are free"
-    return dict(host=host_free()) | (dict(device=torch.cuda.mem_get_info(dev)[0] + torch.cuda.memory_reserved(dev) - torch.cuda.memory_allocated(dev)) if dev.type == 'cuda' else {})
+    return dict(host=host_free()) | (dict(device=torch.cuda.mem_get_info(dev)[0] + torch.cuda.memory_reserved(dev)
+                                                 - torch.cuda.memory_allocated(dev)) if dev.type == 'cuda' else {})
 
 # %% ../nbs/16_guards.ipynb #a42a2034
 class MemoryGuard:
@@ -363,8 +406,10 @@ class MemoryGuard:
         self.free, self.start = _room(dev), _held(dev)
         for place, free in self.free.items():
             need = {k: v for k,v in b.items() if v and k not in there and place_of(k) == place}
-            text = f'training needs another {B(sum(need.values()))} of memory on the {place} ({", ".join(f"{k} {B(v)}" for k,v in need.items())}); {B(free)} are free'
-            if sum(need.values()) > free: raise MemoryError(f'{text}: take a smaller batch or network, or ask for more memory')
+            text = (f'training needs another {B(sum(need.values()))} of memory on the {place} '
+                    f'({", ".join(f"{k} {B(v)}" for k,v in need.items())}); {B(free)} are free')
+            if sum(need.values()) > free:
+                raise MemoryError(f'{text}: take a smaller batch or network, or ask for more memory')
             if s.main: print(text)
         s.event('budget', **b)
     def after_step(self, s):
@@ -372,4 +417,5 @@ class MemoryGuard:
         for place, held in _held(next(s.denoiser.parameters()).device).items():
             if place not in self.warned and held > self.warn*(self.start[place] + self.free[place]):
                 self.warned.add(place); s.event('memory', place=place, held=held)
-                warnings.warn(f'step {s.step}: {si(held, "B")} are in use on the {place}, more than {self.warn:.0%} of what there was at the start')
+                warnings.warn(f'step {s.step}: {si(held, "B")} are in use on the {place}, '
+                              f'more than {self.warn:.0%} of what there was at the start')

@@ -75,7 +75,8 @@ def from_diffusers(net, # UNet2DModel, DiTTransformer2DModel, ...: (x_t, step, .
     "A diffusers model and its scheduler as our denoiser"
     sch, K = schedule_of(scheduler), scheduler.config.num_train_timesteps
     if sch.path is flow_path: return Wrapped(net, sch, 'u', ask_diffusers, lambda t: t*K)
-    if (kind := scheduler.config.prediction_type) not in predicts: raise ValueError(f"prediction_type '{kind}' is unknown: it can be {', '.join(predicts)}")
+    if (kind := scheduler.config.prediction_type) not in predicts:
+        raise ValueError(f"prediction_type '{kind}' is unknown: it can be {', '.join(predicts)}")
     return wrap(net, sch, predicts[kind], ask_diffusers, K)
 
 # %% ../nbs/23_interop.ipynb #a454f2e5
@@ -88,7 +89,8 @@ def table_of(schedule:Schedule, # variance preserving
             ) -> Tensor: # alpha^2 after each step, (K,), float64
     "A schedule as a table"
     if schedule.filter or schedule.path is not vp:
-        raise ValueError(f"{schedule.name}: a table of alpha^2 describes variance preserving schedules with white noise, and no others")
+        raise ValueError(f"{schedule.name}: a table of alpha^2 describes "
+                         "variance preserving schedules with white noise, and no others")
     return schedule.alpha(to_time(torch.arange(K), K))**2
 
 # %% ../nbs/23_interop.ipynb #690cb928
@@ -98,7 +100,9 @@ def to_scheduler(schedule:Schedule, # variance preserving, or `flow`
                  **kw # more arguments of `cls`, such as prediction_type or clip_sample=False
                 ): # an instance of cls
     "A diffusers scheduler with our schedule"
-    if is_flow(schedule) != cls.__name__.startswith('FlowMatch'): raise ValueError(f"{cls.__name__} cannot follow {schedule.name}: flow goes with FlowMatch... schedulers, a table with the others")
+    if is_flow(schedule) != cls.__name__.startswith('FlowMatch'):
+        raise ValueError(f"{cls.__name__} cannot follow {schedule.name}: "
+                         "flow goes with FlowMatch... schedulers, a table with the others")
     if is_flow(schedule): return cls(num_train_timesteps=K, **kw)
     abar = table_of(schedule, K)
     betas = 1 - abar/torch.cat([abar.new_ones(1), abar[:-1]])
@@ -117,7 +121,8 @@ class ForDiffusers(nn.Module):
         super().__init__()
         flows = is_flow(denoiser.schedule)
         if not flows: table_of(denoiser.schedule)                     # refuses what no scheduler can follow
-        self.denoiser,self.target,self.clock = denoiser, target or ('u' if flows else 'eps'), (lambda i: _d(i)/K) if flows else lambda i: to_time(i, K)
+        self.denoiser,self.target,self.clock = (denoiser, target or ('u' if flows else 'eps'),
+                                                (lambda i: _d(i)/K) if flows else lambda i: to_time(i, K))
         self.config = SimpleNamespace(sample_size=size, in_channels=channels, out_channels=channels)
     dtype = torch.float32
     device = property(lambda self: next((p.device for p in self.parameters()), torch.device('cpu')))
@@ -145,7 +150,8 @@ def scalars(log # events in order, from `load_run(...).log` or from lines of log
     for e in log:
         if e['event'] == 'start': t0 = timegm(time.strptime(e['at'], '%Y-%m-%dT%H:%M:%SZ'))
         for k, v in e.items():
-            if 'step' in e and k not in ('t', 'step') and isinstance(v, (int, float)) and not isinstance(v, bool): yield f"{e['event']}/{k}", v, e['step'], t0 + e['t']
+            if 'step' in e and k not in ('t', 'step') and isinstance(v, (int, float)) and not isinstance(v, bool):
+                yield f"{e['event']}/{k}", v, e['step'], t0 + e['t']
 
 # %% ../nbs/23_interop.ipynb #09d09379
 def to_tensorboard(run, # folder of a run

@@ -44,7 +44,8 @@ def bootstrap(
 )->Score:
     "`f(*xs)` with its percentile bootstrap interval"
     draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
-    low, high = torch.stack([f(*map(draw, xs)) for _ in range(n)]).double().quantile(torch.tensor([.025,.975], dtype=torch.float64))
+    low, high = torch.stack([f(*map(draw, xs)) for _ in range(n)]).double().quantile(
+        torch.tensor([.025,.975], dtype=torch.float64))
     return Score(float(f(*xs)), float(low), float(high), min(map(len, xs)), name)
 
 # %% ../nbs/07_metrics.ipynb #a6c7b9d3
@@ -57,7 +58,8 @@ def drop(
     return x[torch.arange(len(x)) % groups != i]
 
 # %% ../nbs/07_metrics.ipynb #beb109ef
-def _t975(nu, z=1.959964): return z + (z**3+z)/(4*nu) + (5*z**5+16*z**3+3*z)/(96*nu**2) + (3*z**7+19*z**5+17*z**3-15*z)/(384*nu**3)
+def _t975(nu, z=1.959964):
+    return z + (z**3+z)/(4*nu) + (5*z**5+16*z**3+3*z)/(96*nu**2) + (3*z**7+19*z**5+17*z**3-15*z)/(384*nu**3)
 
 def jackknife(
     full:Tensor, # statistic of all images, any shape
@@ -85,9 +87,13 @@ class Extractor:
     device: str = 'cpu' # where `net` lives
     @torch.no_grad()
     def __call__(self, x:Tensor)->Tensor:
-        if x.ndim!=4 or x.shape[1] not in (1,3): raise ValueError(f'{self.name} takes images (B, 1 or 3, H, W), got {tuple(x.shape)}')
-        if not x.is_floating_point(): raise TypeError(f'{self.name} takes floats in -1..1, got {x.dtype}: bytes become x/127.5 - 1')
-        if not x.isfinite().all(): raise ValueError(f'{self.name}: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} images hold NaN or infinity')
+        if x.ndim!=4 or x.shape[1] not in (1,3):
+            raise ValueError(f'{self.name} takes images (B, 1 or 3, H, W), got {tuple(x.shape)}')
+        if not x.is_floating_point():
+            raise TypeError(f'{self.name} takes floats in -1..1, got {x.dtype}: bytes become x/127.5 - 1')
+        if not x.isfinite().all():
+            raise ValueError(f'{self.name}: {int((~x.isfinite()).flatten(1).any(1).sum())} of {len(x)} images '
+                             'hold NaN or infinity')
         return self.net(x.to(self.device).float().clamp(-1, 1).expand(-1, 3, -1, -1)).float()
 
 # %% ../nbs/07_metrics.ipynb #facfd3a8
@@ -97,11 +103,14 @@ def load_checked(
 )->dict: # state dict, on the CPU
     "Load weights whose hash is right"
     data = Path(path).read_bytes()
-    if (got := hashlib.sha256(data).hexdigest()) != sha: raise ValueError(f'{Path(path).name}: SHA-256 is {got[:12]}..., expected {sha[:12]}...: install or download the file again')
+    if (got := hashlib.sha256(data).hexdigest()) != sha:
+        raise ValueError(f'{Path(path).name}: SHA-256 is {got[:12]}..., expected {sha[:12]}...: '
+                         'install or download the file again')
     return torch.load(io.BytesIO(data), weights_only=True, map_location='cpu')
 
 # %% ../nbs/07_metrics.ipynb #1da7c0dd
-_pairs = [('_conv_stem','_bn0'), ('_conv_head','_bn1'), ('_expand_conv','_bn0'), ('_depthwise_conv','_bn1'), ('_project_conv','_bn2')]
+_pairs = [('_conv_stem','_bn0'), ('_conv_head','_bn1'),
+          ('_expand_conv','_bn0'), ('_depthwise_conv','_bn1'), ('_project_conv','_bn2')]
 
 def fold_bn(
     net:nn.Module, # EfficientNet in eval mode, changed in place
@@ -138,10 +147,12 @@ def efflite0(
         x = ((x*127.5+.5)/128).contiguous(memory_format=torch.channels_last)
         return net.extract_features(x).mean((2,3))
     key = f'{_lite0} bicubic {size} (x*127.5+.5)/128'
-    return Extractor(f, 'efflite0' if size==128 else f'efflite0@{size}', 1280, hashlib.sha256(key.encode()).hexdigest()[:16], device)
+    return Extractor(f, 'efflite0' if size==128 else f'efflite0@{size}', 1280,
+                     hashlib.sha256(key.encode()).hexdigest()[:16], device)
 
 # %% ../nbs/07_metrics.ipynb #920416f2
-_inception = ('weights-inception-2015-12-05-6726825d.pth', '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2')
+_inception = ('weights-inception-2015-12-05-6726825d.pth',
+              '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2')
 
 def inception(
     weights=None, # path of the weights file; None: where torch.hub keeps its checkpoints
@@ -149,11 +160,16 @@ def inception(
 )->Extractor:
     "The 2048 features of the FID's Inception network (torch-fidelity's, on bytes, resized as in the original)"
     path = Path(weights or Path(torch.hub.get_dir())/'checkpoints'/_inception[0])
-    if not path.exists(): raise FileNotFoundError(f"no {_inception[0]} at '{path}': download it from the torch-fidelity v0.2.0 release on GitHub to there, or pass weights=, or use efflite0()")
+    if not path.exists():
+        raise FileNotFoundError(f"no {_inception[0]} at '{path}': "
+                                "download it from the torch-fidelity v0.2.0 release on GitHub to there, "
+                                "or pass weights=, or use efflite0()")
     load_checked(path, _inception[1])
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=str(path)).to(device)
-    return Extractor(lambda x: net(x.add(1).mul(127.5).round().byte())[0], 'inception', 2048, _inception[1][:16], device)
+    net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'],
+                                      feature_extractor_weights_path=str(path)).to(device)
+    return Extractor(lambda x: net(x.add(1).mul(127.5).round().byte())[0],
+                     'inception', 2048, _inception[1][:16], device)
 
 # %% ../nbs/07_metrics.ipynb #5d887234
 def features(
@@ -180,21 +196,27 @@ class FrechetStats:
     ):
         "Take in a batch; returns itself"
         f = f.detach().cpu().double()
-        if not f.isfinite().all(): raise ValueError(f'{(~f.isfinite()).any(1).sum()} of {len(f)} images have features that are not finite: the images or the extractor are broken')
+        if not f.isfinite().all():
+            raise ValueError(f'{(~f.isfinite()).any(1).sum()} of {len(f)} images have features that are not finite: '
+                             'the images or the extractor are broken')
         self.n += len(f); self.s1 += f.sum(0); self.s2 += f.T@f
         return self
     mean = property(lambda self: self.s1/self.n)
     cov = property(lambda self: (self.s2 - torch.outer(self.s1, self.s1)/self.n)/(self.n-1))
-    def __repr__(self): return f'FrechetStats({self.name or "?"}, {self.split or "?"}, n={self.n:,}, dim={len(self.s1)})'
+    def __repr__(self):
+        return f'FrechetStats({self.name or "?"}, {self.split or "?"}, n={self.n:,}, dim={len(self.s1)})'
 
 # %% ../nbs/07_metrics.ipynb #9d95d7e3
 def _same_features(a, b):
     if (a.name,a.hash)!=(b.name,b.hash) or len(a.s1)!=len(b.s1):
-        raise ValueError(f"features differ: '{a.name}' {a.hash} ({len(a.s1)}) and '{b.name}' {b.hash} ({len(b.s1)}): compute both with one extractor")
+        raise ValueError(f"features differ: '{a.name}' {a.hash} ({len(a.s1)}) and "
+                         f"'{b.name}' {b.hash} ({len(b.s1)}): compute both with one extractor")
 
 def _merged(a, b, sign):
     _same_features(a, b)
-    if a.split != b.split: raise ValueError(f"cannot merge stats of split '{a.split}' and split '{b.split}': they describe different images")
+    if a.split != b.split:
+        raise ValueError(f"cannot merge stats of split '{a.split}' and split '{b.split}': "
+                         "they describe different images")
     c = FrechetStats(len(a.s1), a, a.split)
     c.n, c.s1, c.s2 = a.n+sign*b.n, a.s1+sign*b.s1, a.s2+sign*b.s2
     return c
@@ -246,10 +268,13 @@ def frechet(
     min_n:int=None, # fewest images allowed; None: `enough(dim)`
 )->float:
     "Squared Frechet distance between Gaussians fitted to `a` and `b` (Heusel et al. 2017)"
-    if torch.is_tensor(a) or torch.is_tensor(b): raise TypeError('frechet compares FrechetStats: wrap features in stats_of(...)')
+    if torch.is_tensor(a) or torch.is_tensor(b):
+        raise TypeError('frechet compares FrechetStats: wrap features in stats_of(...)')
     _same_features(a, b)
     need, n = enough(len(a.s1)) if min_n is None else min_n, min(a.n, b.n)
-    if n < need: raise ValueError(f'a Frechet distance over {len(a.s1)} features needs n >= {need:,} images on each side, got {n:,}: draw more, or use kid')
+    if n < need:
+        raise ValueError(f'a Frechet distance over {len(a.s1)} features needs n >= {need:,} images on each side, '
+                         f'got {n:,}: draw more, or use kid')
     L, Sb = _factor(a.cov), b.cov
     root = torch.linalg.eigvalsh(L.T@Sb@L).clamp(min=0).sqrt().sum()
     return max(0., float((a.mean-b.mean).square().sum() + a.cov.trace() + Sb.trace() - 2*root))
@@ -375,7 +400,9 @@ def kid(
     n = _at_least(10, name, fa, fb)
     if subset_size is None: v,h = _kid_all(fa, fb)
     else:
-        if subset_size > n/2: raise ValueError(f'subset_size {subset_size} is more than half of {n} images: subsets that overlap so much show no spread; use subset_size=None')
+        if subset_size > n/2:
+            raise ValueError(f'subset_size {subset_size} is more than half of {n} images: '
+                             'subsets that overlap so much show no spread; use subset_size=None')
         s = kid_subsets(fa, fb, subsets, subset_size, generator)
         v,h = s.mean(), 1.96*s.std()*math.sqrt(subset_size/(n-subset_size))
     return Score(float(v), float(v-h), float(v+h), n, name)
@@ -404,7 +431,8 @@ def precision_recall(
     half = lambda x: torch.randperm(len(x), generator=generator)[:len(x)//2]
     v = both(torch.arange(len(real)), torch.arange(len(fake)))
     h = _t975(halves-1)*torch.stack([both(half(real), half(fake)) for _ in range(halves)]).std(0)
-    return tuple(Score(float(a), max(0., float(a-b)), min(1., float(a+b)), n, s) for a,b,s in zip(v, h, ('precision','recall')))
+    return tuple(Score(float(a), max(0., float(a-b)), min(1., float(a+b)), n, s)
+                 for a,b,s in zip(v, h, ('precision','recall')))
 
 # %% ../nbs/07_metrics.ipynb #ea21a242
 def rapsd_distance(
@@ -414,7 +442,8 @@ def rapsd_distance(
 )->Score: # dB
     "Log-spectral distance between the mean radial spectra of two sets"
     n = _at_least(2*groups, 'rapsd_distance', a, b)
-    if a.shape[1:] != b.shape[1:]: raise ValueError(f'spectra need images of one shape, got {tuple(a.shape[1:])} and {tuple(b.shape[1:])}')
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f'spectra need images of one shape, got {tuple(a.shape[1:])} and {tuple(b.shape[1:])}')
     def f(a, b): return (10*(rapsd(a)[1]/rapsd(b)[1])[1:].log10()).square().mean().sqrt()
     v = float(f(a, b)); h = float(jackknife(v, [f(drop(a, i, groups), drop(b, i, groups)) for i in range(groups)])[0])
     return Score(v, max(0., v-h), v+h, n, 'LSD (dB)')
@@ -428,8 +457,10 @@ def nearest(
 )->tuple: # RMS distance per element (N, k), index (N, k); nearest first
     "The k nearest training items of each query, by brute force"
     x,t = x.flatten(1),train.flatten(1)
-    idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices for c in progress(x.split(chunk), desc='neighbours', after=2.)])
-    d = torch.cat([(c[:,None]-t[i]).square().mean(-1).sqrt() for c,i in zip(x.split(chunk), idx.split(chunk))])
+    idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices
+                     for c in progress(x.split(chunk), desc='neighbours', after=2.)])
+    d = torch.cat([(c[:,None]-t[i]).square().mean(-1).sqrt()
+                   for c,i in zip(x.split(chunk), idx.split(chunk))])
     d, o = d.sort(1)
     return d, idx.gather(1, o)
 
@@ -468,7 +499,9 @@ def kl_knn(
 )->float: # bits; may fall below 0
     "Kullback-Leibler divergence of real points from samples by k nearest neighbours (Pérez-Cruz 2008)"
     nu, rho = kth_distance(real, fake, k), kth_distance(real, real, k+1) if own is None else own
-    if min(nu.min(), rho.min()) == 0: raise ValueError('kl_knn: some points have k twins at distance 0, and its logarithm is not finite: add the noise that the data were rounded by')
+    if min(nu.min(), rho.min()) == 0:
+        raise ValueError('kl_knn: some points have k twins at distance 0, and its logarithm is not finite: '
+                         'add the noise that the data were rounded by')
     return float(real.shape[1]*(nu.log().mean() - rho.log().mean()) + math.log(len(fake)/(len(real)-1)))/math.log(2)
 
 # %% ../nbs/07_metrics.ipynb #b672d19b
@@ -500,8 +533,10 @@ def two_sample_p(
 
 # %% ../nbs/07_metrics.ipynb #212ae764
 def _pair(x, y):
-    if x.shape != y.shape: raise ValueError(f'items are compared one to one: shapes {tuple(x.shape)} and {tuple(y.shape)} differ')
-    if not (x.isfinite().all() and y.isfinite().all()): raise ValueError('a comparison of items that hold NaN or infinity has no value')
+    if x.shape != y.shape:
+        raise ValueError(f'items are compared one to one: shapes {tuple(x.shape)} and {tuple(y.shape)} differ')
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError('a comparison of items that hold NaN or infinity has no value')
 
 def psnr(
     x:Tensor, # (B, C, *S)
@@ -541,7 +576,8 @@ def ms_ssim(
     span:float=2., # largest minus smallest possible value
 )->Tensor: # (B), 0 to 1
     "Multi-scale SSIM with as many scales, at most five, as the smallest side has room for"
-    beta = torch.tensor([.0448, .2856, .3001, .2363, .1333])[:max(1, min(5, int(math.log2(max(min(x.shape[2:]), 1)/11)) + 1))]
+    beta = torch.tensor([.0448, .2856, .3001, .2363, .1333])[
+        :max(1, min(5, int(math.log2(max(min(x.shape[2:]), 1)/11)) + 1))]
     pool, total = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[x.ndim - 2], 1.
     for i,b in enumerate((beta/beta.sum()).tolist()):
         if i: x, y = pool(x, 2), pool(y, 2)
@@ -558,10 +594,14 @@ def lpips(
 )->Tensor: # (B,), 0 for equal images
     "LPIPS by torchmetrics, where torchvision's weights are present"
     if net not in lpips_nets: raise ValueError(f"unknown network '{net}': use one of {', '.join(lpips_nets)}")
-    if x.ndim != 4 or x.shape[1] not in (1,3) or x.shape != y.shape: raise ValueError(f'LPIPS takes two batches of images (B, 1 or 3, H, W), got {tuple(x.shape)} and {tuple(y.shape)}')
+    if x.ndim != 4 or x.shape[1] not in (1,3) or x.shape != y.shape:
+        raise ValueError('LPIPS takes two batches of images (B, 1 or 3, H, W), '
+                         f'got {tuple(x.shape)} and {tuple(y.shape)}')
     from torchvision.models import get_model_weights
-    name = get_model_weights(lpips_nets[net]).DEFAULT.url.rsplit('/', 1)[1]; path = Path(torch.hub.get_dir())/'checkpoints'/name
-    if not path.exists(): raise FileNotFoundError(f"no {name} at '{path}': download torchvision's {lpips_nets[net]} weights to there")
+    name = get_model_weights(lpips_nets[net]).DEFAULT.url.rsplit('/', 1)[1]
+    path = Path(torch.hub.get_dir())/'checkpoints'/name
+    if not path.exists():
+        raise FileNotFoundError(f"no {name} at '{path}': download torchvision's {lpips_nets[net]} weights to there")
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
     x, y = (v.float().clamp(-1, 1).expand(-1, 3, -1, -1) for v in (x, y))
     return learned_perceptual_image_patch_similarity(x, y, net, reduction='none').reshape(-1)
@@ -570,7 +610,9 @@ def lpips(
 def _areas(a, b):
     _pair(a, b)
     for m in (a, b):
-        if len(bad := m[(m != 0) & (m != 1)]): raise ValueError(f'overlap is for hard masks, this one holds {bad[0]:.3g} (and {len(bad)} such values): decide once what is inside, e.g. at .5')
+        if len(bad := m[(m != 0) & (m != 1)]):
+            raise ValueError(f'overlap is for hard masks, this one holds {bad[0]:.3g} (and {len(bad)} such values): '
+                             'decide once what is inside, e.g. at .5')
     a, b = a.flatten(1).double(), b.flatten(1).double()
     return (a*b).sum(1), a.sum(1), b.sum(1)
 
@@ -630,7 +672,8 @@ def score_table(
     "The scorecard as a Markdown table"
     cell = lambda s: '-' if s is None else f'{fmt(s.value)} [{fmt(s.low)}, {fmt(s.high)}]'
     lines = [('metric','samples','floor (real)','ceiling (noise)','n'), ('---',)*5]
-    lines += [(r.name, r.note or cell(r.value), cell(r.floor), cell(r.ceiling), f'{r.value.n:,}' if r.value else '-') for r in rows]
+    lines += [(r.name, r.note or cell(r.value), cell(r.floor), cell(r.ceiling),
+               f'{r.value.n:,}' if r.value else '-') for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 # %% ../nbs/07_metrics.ipynb #3e67439f
@@ -643,8 +686,12 @@ def plot_scores(
     if not rows: raise ValueError('no row has a value: draw more images, then score them again')
     fig, axs = plt.subplots(len(rows), 1, figsize=(7, .85*len(rows) + .3), layout='constrained', squeeze=False)
     for ax, r in zip(axs[:,0], rows):
-        for s, mark, colour, label in ((r.floor, '|', '.5', 'floor'), (r.ceiling, '|', '.5', 'ceiling'), (r.value, 'o', '#0072B2', 'samples')):
-            ax.errorbar(s.value, 0, xerr=[[s.value - s.low], [s.high - s.value]], fmt=mark, c=colour, ms=14 if mark == '|' else 6, capsize=3)
-            ax.annotate(f'{label} {fmt(s.value)}', (s.value, 0), (0, 9), textcoords='offset points', ha='center', fontsize=8, color=colour)
-        ax.set(yticks=[0], yticklabels=[r.name], ylim=(-.6, 1)); ax.margins(x=.12); ax.spines[['top','left','right']].set_visible(False); ax.tick_params(axis='y', length=0)
+        for s, mark, colour, label in ((r.floor, '|', '.5', 'floor'), (r.ceiling, '|', '.5', 'ceiling'),
+                                       (r.value, 'o', '#0072B2', 'samples')):
+            ax.errorbar(s.value, 0, xerr=[[s.value - s.low], [s.high - s.value]], fmt=mark, c=colour,
+                        ms=14 if mark == '|' else 6, capsize=3)
+            ax.annotate(f'{label} {fmt(s.value)}', (s.value, 0), (0, 9), textcoords='offset points',
+                        ha='center', fontsize=8, color=colour)
+        ax.set(yticks=[0], yticklabels=[r.name], ylim=(-.6, 1)); ax.margins(x=.12)
+        ax.spines[['top','left','right']].set_visible(False); ax.tick_params(axis='y', length=0)
     return fig

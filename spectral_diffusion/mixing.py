@@ -93,11 +93,13 @@ class Filter(nn.Module):
     def forward(self, size, x, logsnr=None):
         cos, sin = torus_waves(tuple(size), *self.args, x.dtype, x.device)
         if self.coef and logsnr is None: raise ValueError('a mixer with cond > 0 needs `logsnr`, (B,)')
-        if logsnr is not None and not self.coef: raise ValueError('this mixer has no condition: build it with cond=... to pass `logsnr`')
+        if logsnr is not None and not self.coef:
+            raise ValueError('this mixer has no condition: build it with cond=... to pass `logsnr`')
         c = logsnr if logsnr is None else F.pad(self.coef(logsnr.to(self.odd.dtype)), (1, 0), value=1.)
         total = lambda w: (w if c is None else (c @ w.flatten(1)).unflatten(1, w.shape[1:])).to(x.dtype)
         phase = total(self.odd) @ sin
-        H = torch.polar(torch.ones_like(phase), phase) if self.even is None else torch.complex(1 + total(self.even) @ cos, phase)
+        H = (torch.polar(torch.ones_like(phase), phase) if self.even is None
+             else torch.complex(1 + total(self.even) @ cos, phase))
         return H.unflatten(-1, (*size[:-1], size[-1]//2+1))
 
 # %% ../nbs/11_mixing.ipynb #06be8814
@@ -145,7 +147,9 @@ class SpectralMixer(Mixer):
         cond:int=0 # filters in the bank that the log-SNR chooses from; 0: unconditional
     ):
         super().__init__()
-        if allpass and (causal or group > 1): raise ValueError('allpass needs causal=False and group=1: cutting taps or adding channels changes the energy')
+        if allpass and (causal or group > 1):
+            raise ValueError('allpass needs causal=False and group=1: '
+                             'cutting taps or adding channels changes the energy')
         if causal and dim > 1: raise ValueError(f'causal=True needs dim=1, not {dim}: fields have no past')
         if channels % group: raise ValueError(f'{channels} channels cannot be split into groups of {group}')
         self.dim,self.group,self.causal = dim,group,causal
@@ -168,7 +172,8 @@ def response(self:SpectralMixer,
 # %% ../nbs/11_mixing.ipynb #861a606e
 @patch
 def mix(self:SpectralMixer, x, logsnr=None):
-    if x.ndim != self.dim + 2: raise ValueError(f'this mixer is for {self.dim} spatial dims, the field has shape {tuple(x.shape)}')
+    if x.ndim != self.dim + 2:
+        raise ValueError(f'this mixer is for {self.dim} spatial dims, the field has shape {tuple(x.shape)}')
     size = tuple(n*(1 + self.causal) for n in x.shape[2:])
     return filtered(x, self.response(size, x, logsnr), size)
 
@@ -179,7 +184,8 @@ def inverse(self:SpectralMixer,
             logsnr:Tensor=None # as it was given
            ) -> Tensor: # its input
     "Undo an all-pass mixer"
-    if self.filter.even is not None: raise ValueError('only an all-pass mixer has an inverse: build it with allpass=True')
+    if self.filter.even is not None:
+        raise ValueError('only an all-pass mixer has an inverse: build it with allpass=True')
     return filtered(y, self.response(y.shape[2:], y, logsnr).conj(), y.shape[2:])
 
 # %% ../nbs/11_mixing.ipynb #bf99293d
@@ -199,7 +205,8 @@ class GlobalFilter(Mixer):
         self.w = nn.Parameter(torch.cat([torch.ones(channels, *half, 1), torch.zeros(channels, *half, 1)], -1))
 
     def mix(self, x):
-        if x.shape[2:] != self.size: raise ValueError(f'this filter is a table for fields of {self.size}, this one is {tuple(x.shape[2:])}')
+        if x.shape[2:] != self.size:
+            raise ValueError(f'this filter is a table for fields of {self.size}, this one is {tuple(x.shape[2:])}')
         return filtered(x, cplx(self.w, x)[None])
 
 # %% ../nbs/11_mixing.ipynb #1ff1e378
@@ -213,7 +220,8 @@ class AFNO(Mixer):
         super().__init__()
         if channels % blocks: raise ValueError(f'{channels} channels cannot be split into {blocks} blocks')
         c = channels//blocks
-        self.w,self.b,self.shrink = nn.Parameter(.02*torch.randn(2, blocks, c, c, 2)),nn.Parameter(.02*torch.randn(2, blocks, c, 1, 2)),shrink
+        self.w,self.b,self.shrink = (nn.Parameter(.02*torch.randn(2, blocks, c, c, 2)),
+                                     nn.Parameter(.02*torch.randn(2, blocks, c, 1, 2)), shrink)
 
     def mix(self, x):
         X = rfftn(x); h = X.flatten(2).unflatten(1, self.w.shape[1:3])
@@ -241,7 +249,8 @@ class FourierConv(Mixer):
         super().__init__()
         self.modes,self.separable = tuple(modes),separable
         kept = [2*m+1 for m in modes[:-1]] + [modes[-1]+1]
-        self.w = nn.Parameter(torch.randn(channels, *[channels]*(not separable), *kept, 2)/(2**.5*(1 if separable else channels**.5)))
+        self.w = nn.Parameter(torch.randn(channels, *[channels]*(not separable), *kept, 2)
+                              /(2**.5*(1 if separable else channels**.5)))
 
     def mix(self, x):
         ks, X = bins(x.shape[2:], self.modes), rfftn(x)
@@ -370,7 +379,8 @@ class Pointwise(nn.Linear):
     def forward(self, x, reuse=False): # reuse: may the answer overwrite x?
         if not x.is_contiguous(): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
         h, b = x.flatten(2), self.bias[:,None]
-        if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled('cpu'): y = torch.baddbmm(b, self.weight.expand(len(h), -1, -1), h)
+        if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled('cpu'):
+            y = torch.baddbmm(b, self.weight.expand(len(h), -1, -1), h)
         else:
             y = h if reuse and len(b) == h.shape[1] else h.new_empty(len(h), len(b), h.shape[2])
             for a, out in zip(h, y): out.copy_(torch.addmm(b, self.weight, a))

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 from torch import Tensor
 from .runs import Run, progress
 from .fourier import psd_of
-from .schedules import Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm, grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain
+from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm,
+                                          grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
 from .denoisers import Denoiser, Guided
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
@@ -44,7 +45,8 @@ class Recipe:
     sd:float|None = None # std of the data that the denoiser counts on; None: as measured
     units:str = 'pixels' # of skip, answer and loss: one sd for all, or 'frequencies': one for each
     density:Callable|None = None # u -> log-SNR; None: uniform t
-    weight:Callable|None = None # log-SNR -> weight of a squared x0 error; None: plain error of the target, or half-way between the units
+    # log-SNR -> weight of a squared x0 error; None: plain error of the target, or half-way between the units
+    weight:Callable|None = None
     opt:Callable = adamw # (parameters, lr) -> optimiser
     rate:Callable = lr_scale # (step, steps, warmup) -> factor on the learning rate
     warmup:int = 100 # steps of rising learning rate
@@ -56,7 +58,8 @@ class Recipe:
     sampler:Callable = sample_dpmpp2m # (denoiser, x_T, grid, generator=...) -> sample
     grid:Callable = partial(grid_edm, smin=.01) # (schedule, questions) -> falling times
     nfe:int = 20 # times of the grid: as many questions, with Heun's method 2 nfe - 1
-    guide:float = 1. # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
+    # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
+    guide:float = 1.
     early:float = .2 # share of the steps after which the average is kept to be guided against
 
 # %% ../nbs/21_recipes.ipynb #207bdaff
@@ -65,7 +68,8 @@ recipes = {}
 def add(*rs:Recipe):
     "Enter recipes into the table"
     for r in rs:
-        if r.name in recipes: raise ValueError(f"there is a recipe '{r.name}' already: what was published under a name stays")
+        if r.name in recipes:
+            raise ValueError(f"there is a recipe '{r.name}' already: what was published under a name stays")
         recipes[r.name] = r
 
 # %% ../nbs/21_recipes.ipynb #606fc59b
@@ -85,24 +89,29 @@ def adam(params, # parameters, or groups of them
 
 def _cifar32(channels, schedule, time=StepEmbedding): return UNetCifar32(time(schedule, 1000, 512), channels)
 
-e1 = Recipe('e1', 'seed 002, E1', _cifar32, 1_982_115, ddpm_linear, 'eps', batch=4, steps=10_000, lr=1e-4, sd=1., opt=adam,
-            ema=.9999, flip=False, sampler=sample_ddpm, grid=lambda s, n: grid_uniform(n), nfe=50)
-add(e1, replace(e1, name='seed', source='seed 002, E1 as its trainer ran', rate=flat, warmup=0, warm=False), replace(e1, name='e2', source='seed 002, E2', schedule=ddpm_cosine), replace(e1, name='e5', source='seed 002, E5', schedule=cosine_matched),
+e1 = Recipe('e1', 'seed 002, E1', _cifar32, 1_982_115, ddpm_linear, 'eps', batch=4, steps=10_000, lr=1e-4, sd=1.,
+            opt=adam, ema=.9999, flip=False, sampler=sample_ddpm, grid=lambda s, n: grid_uniform(n), nfe=50)
+add(e1, replace(e1, name='seed', source='seed 002, E1 as its trainer ran', rate=flat, warmup=0, warm=False),
+    replace(e1, name='e2', source='seed 002, E2', schedule=ddpm_cosine),
+    replace(e1, name='e5', source='seed 002, E5', schedule=cosine_matched),
     replace(e1, name='e7', source='seed 002, E7', steps=50_000))
 
 # %% ../nbs/21_recipes.ipynb #723944f5
 def _unet(channels, schedule, **kw): return UNet(2, channels, **kw)
 
-small = Recipe('small', 'the size of E1, 40,000 images', partial(_unet, base=52, mults=(1,2,2), blocks=1, attn=(1,), patch=2), 2_016_563, cosine, 'F',
+small = Recipe('small', 'the size of E1, 40,000 images',
+               partial(_unet, base=52, mults=(1,2,2), blocks=1, attn=(1,), patch=2), 2_016_563, cosine, 'F',
                batch=16, steps=2500, lr=2e-3, density=lognormal(-.8, 1.4), ema=.995, nfe=50)
 add(small)
 
 # %% ../nbs/21_recipes.ipynb #a2702de7
 default = 'small-x0'
-add(replace(small, name=default, source='report 11: schedule, target, weight and rate', target='x0', density=cosine().logsnr, weight=w_min_snr(), lr=1e-3))
+add(replace(small, name=default, source='report 11: schedule, target, weight and rate',
+            target='x0', density=cosine().logsnr, weight=w_min_snr(), lr=1e-3))
 
 # %% ../nbs/21_recipes.ipynb #202da21f
-add(replace(small, name='small-spectral', source="report 03: one standard deviation per frequency, loss half-way", units='frequencies'))
+add(replace(small, name='small-spectral', source="report 03: one standard deviation per frequency, loss half-way",
+            units='frequencies'))
 
 def loss_weight(r:Recipe, # of which
                 D:Denoiser # its denoiser
@@ -113,12 +122,14 @@ def loss_weight(r:Recipe, # of which
     return lambda lam: (one(lam)*each(lam)).sqrt()
 
 # %% ../nbs/21_recipes.ipynb #93906a7f
-add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes', batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5))
+add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes',
+            batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5))
 
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
-add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97", partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13),
-           48_617_731, edm, 'F', batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), rate=flat, warmup=19_531, ema=.9993, bf16=True,
-           sampler=sample_heun, grid=grid_edm, nfe=18))
+add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97",
+           partial(_unet, base=128, mults=(2,2,2), blocks=4, attn=(1,), dropout=.13), 48_617_731, edm, 'F',
+           batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), rate=flat, warmup=19_531, ema=.9993,
+           bf16=True, sampler=sample_heun, grid=grid_edm, nfe=18))
 
 # %% ../nbs/21_recipes.ipynb #3373b7ff
 def recipe(name:str=default, # of a recipe in the table
@@ -127,7 +138,8 @@ def recipe(name:str=default, # of a recipe in the table
     "A recipe of that name, with changes"
     if name not in recipes: raise ValueError(f"there is no recipe '{name}': choose one of {', '.join(recipes)}")
     known = {f.name for f in fields(Recipe)}
-    if bad := changes.keys() - known: raise ValueError(f"a recipe has no {', '.join(sorted(bad))}: its fields are {', '.join(sorted(known))}")
+    if bad := changes.keys() - known:
+        raise ValueError(f"a recipe has no {', '.join(sorted(bad))}: its fields are {', '.join(sorted(known))}")
     told = [f'{k}={getattr(v, "__name__", v)}' for k,v in changes.items() if k not in ('name', 'params')]
     return replace(recipes[name], **{'name': ', '.join([name, *told]), **changes})
 
@@ -138,11 +150,15 @@ def denoiser(r:Recipe, # what to build
              psd:Tensor=None # power per frequency, (*S), for a recipe in units of frequencies
             ) -> Denoiser:
     "The untrained denoiser of a recipe; with 3 channels its parameters are counted"
-    if r.units not in ('pixels', 'frequencies'): raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
-    if r.units == 'frequencies' and psd is None: raise ValueError(f"recipe '{r.name}' counts in units of frequencies: pass psd=psd_of(data)")
+    if r.units not in ('pixels', 'frequencies'):
+        raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
+    if r.units == 'frequencies' and psd is None:
+        raise ValueError(f"recipe '{r.name}' counts in units of frequencies: pass psd=psd_of(data)")
     sch = r.schedule(); net = r.net(channels, sch)
-    if channels == 3 and n_params(net) != r.params: raise ValueError(f"recipe '{r.name}' promises {r.params:,} parameters and its network has {n_params(net):,}")
-    if r.units == 'frequencies': return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
+    if channels == 3 and n_params(net) != r.params:
+        raise ValueError(f"recipe '{r.name}' promises {r.params:,} parameters and its network has {n_params(net):,}")
+    if r.units == 'frequencies':
+        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
     return Denoiser(net, sch, r.target, r.sd or sd)
 
 # %% ../nbs/21_recipes.ipynb #d5817bf5
@@ -150,7 +166,8 @@ def effort(r:Recipe, # of which
            sd:float=.5 # std of the data, where the recipe leaves it open
           ) -> tuple: # log-SNR (n,), p times w (n,), of area 1 between log-SNR -12 and 12
     "Where the recipe trains, per unit of log-SNR, in terms of the squared error of x0 relative to what Wiener's filter leaves"
-    if r.units == 'frequencies': raise ValueError(f"recipe '{r.name}' weighs each frequency by itself: it has no single curve")
+    if r.units == 'frequencies':
+        raise ValueError(f"recipe '{r.name}' weighs each frequency by itself: it has no single curve")
     sch, sd = r.schedule(), r.sd or sd
     lam, p = pdf(r.density or (lambda u: sch.logsnr(u)))
     w = (r.weight or w_plain(r.target, sch.path, sd))(lam)*sd**2/(1 + sd**2*lam.exp())
@@ -169,10 +186,14 @@ def train(r:Recipe, # what to train
     "Train a recipe; with a run, the same call goes on where a killed one stopped"
     torch.manual_seed(seed)
     gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
-    x = to_field(data.train[:5000]); D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
-    ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip); early = [Early(ema, r.early)]*(r.guide != 1)
-    keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', config=dict(recipe=r.name, seed=seed))] if run else []
-    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16, generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt, rate=r.rate)
+    x = to_field(data.train[:5000])
+    D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
+    ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
+    early = [Early(ema, r.early)]*(r.guide != 1)
+    keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}',
+                        config=dict(recipe=r.name, seed=seed))] if run else []
+    state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
+                generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt, rate=r.rate)
     guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -187,13 +208,17 @@ def draw(r:Recipe, # for its sampler
         ) -> Tensor: # (n, C, H, W), in [-1, 1]
     "Images from a trained recipe"
     guided = isinstance(model, Guided)
-    if guided and model.against is None: raise ValueError('draw makes images in parts and cannot share a condition out: ask the sampler itself')
-    if r.guide != 1 and not guided: raise ValueError(f"recipe '{r.name}' is guided: draw from `train(...).guided`, or from the average with replace(r, guide=1.)")
+    if guided and model.against is None:
+        raise ValueError('draw makes images in parts and cannot share a condition out: ask the sampler itself')
+    if r.guide != 1 and not guided:
+        raise ValueError(f"recipe '{r.name}' is guided: draw from `train(...).guided`, "
+                         "or from the average with replace(r, guide=1.)")
     g = torch.Generator().manual_seed(1000*seed + 10)
     grid, dev = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + guided))), next(model.parameters()).device
     z = model.schedule.prior((n, *shape), g, grid[0])
     with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
-        return torch.cat([r.sampler(model, b.to(dev), grid, generator=g).x.clamp(-1, 1).cpu() for b in progress(z.split(batch), desc='sample')])
+        return torch.cat([r.sampler(model, b.to(dev), grid, generator=g).x.clamp(-1, 1).cpu()
+                          for b in progress(z.split(batch), desc='sample')])
 
 # %% ../nbs/21_recipes.ipynb #c53fd732
 def flow_density(shift:float=1., # r: how many times stronger the noise, (numel / base numel)^(1/d)
@@ -250,25 +275,33 @@ _large = dict(field=(1,256,256,160))
 def _same(name, mode='bravo', make=_wide, dims=0, of=_pixel, **kw):
     "A recipe of the seed that differs from another"
     m = modes[mode]
-    return replace(of, name=name, net=_told(mode, make, dims), mode=mode, beside=m.maps, **dict(loss=SizeWeighted(m.weights) if m.weights else of.loss, best=None, fate='') | kw)
+    return replace(of, name=name, net=_told(mode, make, dims), mode=mode, beside=m.maps,
+                   **dict(loss=SizeWeighted(m.weights) if m.weights else of.loss, best=None, fate='') | kw)
 
 # %% ../nbs/21_recipes.ipynb #c88002fd
 def add_volume(*rs:VolumeRecipe):
     "Enter recipes of volumes into their table"
     for r in rs:
-        if r.name in volume_recipes: raise ValueError(f"there is a recipe '{r.name}' already: what was published under a name stays")
+        if r.name in volume_recipes:
+            raise ValueError(f"there is a recipe '{r.name}' already: what was published under a name stays")
         volume_recipes[r.name] = r
 
 add_volume(_pixel, _same('exp1_1', **_large, best=.00211), _same('exp1_chained', epochs=100, best=.003),
-    _same('exp2', 'seg_conditioned', best=.000373, fate='the second run diverged in epoch 35'), _same('exp2_1', 'seg_conditioned', **_large, lr=5e-5, best=.000337),
-    _same('exp2b', 'seg_conditioned_input', best=.001358, fate='diverged in epoch 37'), _same('exp2b_1', 'seg_conditioned_input', **_large, lr=5e-5, best=.000336),
-    _same('exp2c', 'seg_cond_improved', params=271, digits=.6, best=.747, fate='diverged in epoch 35'), _same('exp2c_1', 'seg_cond_improved', **_large, params=271, digits=.6, fate='no checkpoint above 2 GB'),
-    _same('exp4', loss=SDA(), best=.00245), _same('exp5_1', dims=3, loss=ScoreAug(), best=.00213), _same('exp6a', 'unconditional', best=.00234),
-    _same('exp7', make=partial(dit, 'B', dim=3, patch=8), params=134.6, positions=5120*768, epochs=2000, best=.00234), _same('exp8', ema=.9999, best=.00227), _same('exp14_1', 'seg', **_large))
+    _same('exp2', 'seg_conditioned', best=.000373, fate='the second run diverged in epoch 35'),
+    _same('exp2_1', 'seg_conditioned', **_large, lr=5e-5, best=.000337),
+    _same('exp2b', 'seg_conditioned_input', best=.001358, fate='diverged in epoch 37'),
+    _same('exp2b_1', 'seg_conditioned_input', **_large, lr=5e-5, best=.000336),
+    _same('exp2c', 'seg_cond_improved', params=271, digits=.6, best=.747, fate='diverged in epoch 35'),
+    _same('exp2c_1', 'seg_cond_improved', **_large, params=271, digits=.6, fate='no checkpoint above 2 GB'),
+    _same('exp4', loss=SDA(), best=.00245), _same('exp5_1', dims=3, loss=ScoreAug(), best=.00213),
+    _same('exp6a', 'unconditional', best=.00234),
+    _same('exp7', make=partial(dit, 'B', dim=3, patch=8), params=134.6, positions=5120*768, epochs=2000, best=.00234),
+    _same('exp8', ema=.9999, best=.00227), _same('exp14_1', 'seg', **_large))
 
 # %% ../nbs/21_recipes.ipynb #c12a8c7a
 _deep = dict(make=partial(_wide, widths=(64,128,512,1024,1024), blocks=(2,2,3,3,3)), params=1424.1)
-_wdm = dict(field=(8,64,64,80), codec='Haar', make=partial(_wide, widths=(64,128,128,256,256), attn=()), params=77, digits=3.1, lr=1e-5, batch=10, fate='not run')
+_wdm = dict(field=(8,64,64,80), codec='Haar', make=partial(_wide, widths=(64,128,128,256,256), attn=()),
+            params=77, digits=3.1, lr=1e-5, batch=10, fate='not run')
 _x0 = dict(schedule=ddpm_linear, target='x0', density=None)
 
 def _bands(name, c=8, **kw):
@@ -276,17 +309,29 @@ def _bands(name, c=8, **kw):
     return replace(_same(name, **kw), beside=c, net=_beside(kw['make'], c, c))
 def _beside(make, c, beside): return lambda: Conditioned(make(channels=c + beside, out=c), beside)
 
-add_volume(*[_bands(n, codec=k, field=(8,64*w,64*w,80), best=b, fate='collapsed to the mean', **_deep) for n, k, w, b in (('exp11','S2D',1,.905), ('exp11_1','S2D',2,.644), ('exp12','Haar',1,.905), ('exp12_1','Haar',2,.186))],
-    _bands('exp12_2', **_wdm, **_x0), _bands('exp12_3', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}), _bands('exp12_4', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}, **_x0))
+add_volume(
+    *[_bands(n, codec=k, field=(8,64*w,64*w,80), best=b, fate='collapsed to the mean', **_deep)
+      for n, k, w, b in (('exp11','S2D',1,.905), ('exp11_1','S2D',2,.644),
+                         ('exp12','Haar',1,.905), ('exp12_1','Haar',2,.186))],
+    _bands('exp12_2', **_wdm, **_x0),
+    _bands('exp12_3', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}),
+    _bands('exp12_4', **{**_wdm, 'make': partial(_wdm['make'], attn=(4,))}, **_x0))
 
 # %% ../nbs/21_recipes.ipynb #5ce23ed1
 def _latent(name, c, size, codec, make, params, **kw):
     return VolumeRecipe(name, _beside(make, c, c), (c, *size), c, params, mode='bravo_seg_cond', codec=codec, **kw)
 _four, _sit = dict(size=(64,64,40), codec='VQ-VAE 4x', c=4), partial(dit, 'B', dim=3, patch=1)
-add_volume(_latent('exp9', **_four, make=partial(_wide, widths=(256,512,1024,2048), blocks=3, attn=(2,3)), params=3477.6, best=.0875, fate='collapsed, and 26,387 steps skipped'),
-    _latent('exp9_0', 4, (32,32,20), 'VQ-VAE 8x', partial(_wide, widths=(128,256,512), attn=(1,2)), 166.5, epochs=100, best=.192),
-    _latent('exp9_1', **_four, make=partial(_wide, widths=(128,256,512,1024), attn=(2,3)), params=666.2, warmup=10, clip=.5, best=.0764, fate='out of time in epoch 354, still improving'),
-    *[_latent(n, c, (s,s,160), f'DC-AE {s}x{s}x{c}', _sit, p, digits=.6, positions=160*s*s*768, best=b, fate=f) for n, c, s, p, b, f in (('exp10_1',32,8,137,3.146,'poor: latents of the wrong scale'), ('exp10_2',128,4,132,None,'crashed at once'), ('exp10_3',512,2,131,None,'crashed at once'))],
+add_volume(
+    _latent('exp9', **_four, make=partial(_wide, widths=(256,512,1024,2048), blocks=3, attn=(2,3)), params=3477.6,
+            best=.0875, fate='collapsed, and 26,387 steps skipped'),
+    _latent('exp9_0', 4, (32,32,20), 'VQ-VAE 8x', partial(_wide, widths=(128,256,512), attn=(1,2)), 166.5,
+            epochs=100, best=.192),
+    _latent('exp9_1', **_four, make=partial(_wide, widths=(128,256,512,1024), attn=(2,3)), params=666.2,
+            warmup=10, clip=.5, best=.0764, fate='out of time in epoch 354, still improving'),
+    *[_latent(n, c, (s,s,160), f'DC-AE {s}x{s}x{c}', _sit, p, digits=.6, positions=160*s*s*768, best=b, fate=f)
+      for n, c, s, p, b, f in (('exp10_1',32,8,137,3.146,'poor: latents of the wrong scale'),
+                               ('exp10_2',128,4,132,None,'crashed at once'),
+                               ('exp10_3',512,2,131,None,'crashed at once'))],
     _latent('exp13', **_four, make=partial(dit, 'S', dim=3, patch=2), params=40.4, positions=20480*384, fate='not run'))
 
 # %% ../nbs/21_recipes.ipynb #0d6a83e2
@@ -299,12 +344,15 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
                   device='cpu' # where
                  ) -> SimpleNamespace: # model (the average, if there is one), online, log, state
     "Train a recipe of volumes, at whatever size the cases have"
-    if (codec is None) != (r.codec == 'pixels'): raise ValueError(f"recipe '{r.name}' works in {r.codec}: pass {'no codec' if codec else 'a fitted codec'}")
+    if (codec is None) != (r.codec == 'pixels'):
+        raise ValueError(f"recipe '{r.name}' works in {r.codec}: pass {'no codec' if codec else 'a fitted codec'}")
     shape = (1, *cases.image.shape[2:])
-    if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]: raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
+    if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]:
+        raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     D, log, ema = Denoiser(r.net(), r.schedule(), r.target).to(device), Log(), [EMA(r.ema)] if r.ema else []
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
-    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2), [*ema, log, *callbacks], r.opt)
+    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip,
+                r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2), [*ema, log, *callbacks], r.opt)
     return SimpleNamespace(model=ema[0].model if ema else D, online=D, log=log, state=state)

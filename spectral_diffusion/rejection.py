@@ -67,11 +67,13 @@ def judge(denoiser, # D(x_t, t) -> x0_hat
     "Denoise and judge, with one call of the denoiser"
     if not hasattr(log_ratio, 'on_features'): return denoiser(x, t), log_ratio(x, t)
     with torch.no_grad(): x0, h = bottleneck(denoiser, x, t)                # frozen, also while a head is trained
-    return x0, log_ratio.on_features(h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).clamp(-20, 20).to(h).expand(len(x)))
+    return x0, log_ratio.on_features(
+        h, denoiser.schedule.logsnr(torch.as_tensor(t).double()).clamp(-20, 20).to(h).expand(len(x)))
 
 # %% ../nbs/19_rejection.ipynb #eabb7f9a
 Limits = namedtuple('Limits', 'level step nfe logsnr', defaults=[None])
-Limits.__doc__ = 'Log thresholds per time of a grid: `level` of the ratio, `step` of its increment; `nfe` questions were spent; `logsnr` of the times'
+Limits.__doc__ = ('Log thresholds per time of a grid: `level` of the ratio, `step` of its increment; '
+                  '`nfe` questions were spent; `logsnr` of the times')
 
 @torch.no_grad()
 def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
@@ -88,7 +90,8 @@ def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         if i: x = down(denoiser.schedule, x, x0, grid[i-1], t, eta, generator)
         x0, l = judge(denoiser, log_ratio, x, t); logs.append(l.double())
     level, step = (torch.stack(logs).diff(dim=0, n=n).quantile(q, dim=1) for n in (0,1))
-    return Limits(level, torch.cat([level[:1], step]), len(grid), denoiser.schedule.logsnr(torch.as_tensor(grid).double().cpu()))
+    return Limits(level, torch.cat([level[:1], step]), len(grid),
+                  denoiser.schedule.logsnr(torch.as_tensor(grid).double().cpu()))
 
 # %% ../nbs/19_rejection.ipynb #b65b5f60
 def _axes(ax, xlabel):
@@ -101,8 +104,10 @@ def plot(self:Limits,
          ax=None # matplotlib axes; None: new ones
         ): # the axes
     "Both thresholds along the way down"
-    ax, at = (_axes(ax, 'log-SNR'), self.logsnr) if self.logsnr is not None else (_axes(ax, 'time of the grid'), range(len(self.level)))
-    ax.plot(at, self.level.cpu(), 'o', ms=3, label='level'); ax.plot(at[1:], self.step[1:].cpu(), 's', ms=3, label='step')
+    ax, at = ((_axes(ax, 'log-SNR'), self.logsnr) if self.logsnr is not None
+              else (_axes(ax, 'time of the grid'), range(len(self.level))))
+    ax.plot(at, self.level.cpu(), 'o', ms=3, label='level')
+    ax.plot(at[1:], self.step[1:].cpu(), 's', ms=3, label='step')
     ax.set_ylabel('log threshold'); ax.legend(fontsize=8)
     return ax
 
@@ -113,7 +118,8 @@ class Judged(Sample):
     def acceptance(self): return self.accepted/self.tried
     def plot(self, ax=None, **kw):
         "Share of accepted proposals along the way down; kw to matplotlib's `plot`; returns the axes"
-        ax = _axes(ax, 'log-SNR'); ax.plot(self.logsnr, self.acceptance.cpu(), **kw); ax.set(ylabel='accepted', ylim=(0,1.02))
+        ax = _axes(ax, 'log-SNR'); ax.plot(self.logsnr, self.acceptance.cpu(), **kw)
+        ax.set(ylabel='accepted', ylim=(0,1.02))
         return ax
 
 # %% ../nbs/19_rejection.ipynb #abfdb27f
@@ -143,29 +149,41 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                   callback=None # f(nfe, t, x_t, x0_hat), after every round; t is (n,), for the n fields asked
                  ) -> Judged:
     "Diffusion rejection sampling (Na et al. 2024)"
-    if mode not in ('retry','full','light'): raise ValueError(f'mode {mode!r}: use retry, full or light')
-    if mode == 'retry' and not eta: raise ValueError("eta=0 proposes the same step for ever: use mode='full' or eta > 0")
+    if mode not in ('retry','full','light'):
+        raise ValueError(f'mode {mode!r}: use retry, full or light')
+    if mode == 'retry' and not eta:
+        raise ValueError("eta=0 proposes the same step for ever: use mode='full' or eta > 0")
     B, N, dev, asked = len(x_T), len(grid), x_T.device, 0
     if limits is None:
         limits = thresholds(denoiser, log_ratio, x_T[:256], grid, q, eta, generator)
         asked = N*min(B, 256)
     grid, level, step = (v.to(dev).double() for v in (grid, *limits[:2]))
     x, x0, y, l = x_T.clone(), x_T.clone(), x_T.clone(), level.new_zeros(B)
-    j, fresh, todo = torch.zeros(B, dtype=torch.long, device=dev), torch.ones(B, dtype=torch.bool, device=dev), torch.arange(B, device=dev)
+    j, fresh, todo = (torch.zeros(B, dtype=torch.long, device=dev), torch.ones(B, dtype=torch.bool, device=dev),
+                      torch.arange(B, device=dev))
     tried, accepted = torch.zeros(2, N, device=dev)
-    for _ in progress(iter(lambda: len(todo) > 0, False), N*B, 'sample', after=1., count=lambda: N*(B-len(todo)) + int(j[todo].sum())):
-        if asked > most*N*B: raise RuntimeError(f'{len(todo)} of {B} items are rejected again and again near log-SNR {denoiser.schedule.logsnr(grid[j[todo]]).median():.1f}: lower q, or distrust the ratio')
+    for _ in progress(iter(lambda: len(todo) > 0, False), N*B, 'sample', after=1.,
+                      count=lambda: N*(B-len(todo)) + int(j[todo].sum())):
+        if asked > most*N*B:
+            raise RuntimeError(f'{len(todo)} of {B} items are rejected again and again '
+                               f'near log-SNR {denoiser.schedule.logsnr(grid[j[todo]]).median():.1f}: '
+                               'lower q, or distrust the ratio')
         i = j[todo]
         y0, ly = judge(denoiser, log_ratio, y[todo], grid[i]); ly = ly.double(); asked += len(todo)
-        if not ly.isfinite().all(): raise ValueError(f'log_ratio is not finite for {int((~ly.isfinite()).sum())} of {len(ly)} items: it has to answer a finite log density ratio')
+        if not ly.isfinite().all():
+            raise ValueError(f'log_ratio is not finite for {int((~ly.isfinite()).sum())} of {len(ly)} items: '
+                             'it has to answer a finite log density ratio')
         if callback: callback(asked/B, grid[i], y[todo], y0)
-        ok = ly - torch.where(fresh[todo], level[i], l[todo] + step[i]) >= torch.rand(len(todo), generator=generator, device=generator.device if generator else dev).to(dev).log()
+        ok = ly - torch.where(fresh[todo], level[i], l[todo] + step[i]) >= torch.rand(
+            len(todo), generator=generator, device=generator.device if generator else dev).to(dev).log()
         if mode == 'light': ok |= i > 0
         tried += i.bincount(minlength=N); accepted += i[ok].bincount(minlength=N)
         k = todo[ok]; x[k], x0[k], l[k] = y[k], y0[ok], ly[ok]
         more = ~(ok & (i == N-1)); todo, i, ok = todo[more], i[more], ok[more]
-        y[todo], j[todo], fresh[todo] = _next(mode, denoiser.schedule, grid, x[todo], x0[todo], y[todo], i, ok, eta, generator)
-    out = Judged(x0, asked/B); out.tried, out.accepted, out.logsnr = tried, accepted, denoiser.schedule.logsnr(grid).cpu()
+        y[todo], j[todo], fresh[todo] = _next(mode, denoiser.schedule, grid,
+                                              x[todo], x0[todo], y[todo], i, ok, eta, generator)
+    out = Judged(x0, asked/B)
+    out.tried, out.accepted, out.logsnr = tried, accepted, denoiser.schedule.logsnr(grid).cpu()
     return out
 
 # %% ../nbs/19_rejection.ipynb #45a3a338
@@ -179,7 +197,8 @@ class RatioHead(nn.Module):
         super().__init__()
         conv = layer('Conv', dim)
         self.stem,self.emb = conv(channels, width, 1), LogSNREmbedding(width)
-        self.body = nn.Sequential(*[m for _ in range(2) for m in (conv(width, width, 3, stride=2, padding=1), norm(width), nn.SiLU())])
+        self.body = nn.Sequential(*[m for _ in range(2)
+                                    for m in (conv(width, width, 3, stride=2, padding=1), norm(width), nn.SiLU())])
         self.out = zero(nn.Linear(width, 1))
 
     def forward(self,
@@ -207,7 +226,9 @@ def head_scores(log_ratio, # function (x_t, t) -> (B,), or a `RatioHead`
         x = x.repeat(draws, *[1]*(x.ndim-1)); t = draw_t(denoiser.schedule, len(x), density, generator)
         return judge(denoiser, log_ratio, denoiser.schedule.corrupt(x, noise_like(x, generator), t), t)[1].float().cpu()
     signed = [logit(real), -logit(fake)]
-    stat = lambda f, name: bootstrap(lambda a, b: (a.mean() + b.mean())/2, *(f(s).view(draws, -1).mean(0) for s in signed), n=400, name=name, generator=generator)
+    stat = lambda f, name: bootstrap(lambda a, b: (a.mean() + b.mean())/2,
+                                     *(f(s).view(draws, -1).mean(0) for s in signed),
+                                     n=400, name=name, generator=generator)
     return stat(lambda s: (s > 0).float() + (s == 0)/2, 'accuracy'), stat(lambda s: F.softplus(-s), 'log-loss')
 
 # %% ../nbs/19_rejection.ipynb #4b8b859b
@@ -218,9 +239,13 @@ class HeadFit(namedtuple('HeadFit', 'train held train_loss held_loss steps curve
     @property
     def useful(self): return self.held_loss.high < math.log(2) - 1e-4     # a silent judge is at ln 2 but for rounding
     def __repr__(self):
-        s = lambda a, b: f'{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (n={a.n} of a kind), log-loss {b.value:.3f} [{b.low:.3f}, {b.high:.3f}]'
-        verdict = f"{'better' if self.useful else 'NOT better'} than no judge (.693) on held-out fields" + '; MEMORISED'*self.memorised
-        return f'train    accuracy {s(self.train, self.train_loss)}\nheld-out accuracy {s(self.held, self.held_loss)}\n{verdict}; step {self.steps}'
+        s = lambda a, b: (f'{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] (n={a.n} of a kind), '
+                          f'log-loss {b.value:.3f} [{b.low:.3f}, {b.high:.3f}]')
+        verdict = (f"{'better' if self.useful else 'NOT better'} than no judge (.693) on held-out fields"
+                   + '; MEMORISED'*self.memorised)
+        return (f'train    accuracy {s(self.train, self.train_loss)}\n'
+                f'held-out accuracy {s(self.held, self.held_loss)}\n'
+                f'{verdict}; step {self.steps}')
 
 # %% ../nbs/19_rejection.ipynb #cc339028
 @patch
@@ -232,7 +257,8 @@ def plot(self:HeadFit,
     "Held-out log-loss against the step; at the weights that were kept, both scores with their intervals (square: training fields)"
     ax = _axes(ax, 'step'); line, = ax.plot(*zip(*self.curve), label=label, **kw)
     for s, mark in ((self.held_loss, 'o'), (self.train_loss, 's')):
-        ax.errorbar(self.steps, s.value, [[s.value-s.low], [s.high-s.value]], marker=mark, ms=6, mfc='w', capsize=3, c=line.get_color())
+        ax.errorbar(self.steps, s.value, [[s.value-s.low], [s.high-s.value]],
+                    marker=mark, ms=6, mfc='w', capsize=3, c=line.get_color())
     ax.axhline(math.log(2), c='k', ls=':', lw=1); ax.set_ylabel('log-loss (dotted: no judge)'); ax.legend(fontsize=7)
     return ax
 
@@ -251,8 +277,11 @@ def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); traine
              generator:torch.Generator=None # source of everything random, on the CPU
             ) -> HeadFit: # also printed
     "Train a judge to tell real from generated, with early stopping on held-out fields"
-    (hr, tr), (hf, tf) = (x[torch.randperm(len(x), generator=generator)].split([k := int(held*len(x)), len(x)-k]) for x in (real, fake))
-    if min(len(hr), len(hf)) < 2: raise ValueError(f'{len(real)} real and {len(fake)} generated fields leave fewer than 2 to hold out: give more, or raise held={held}')
+    (hr, tr), (hf, tf) = (x[torch.randperm(len(x), generator=generator)].split([k := int(held*len(x)), len(x)-k])
+                          for x in (real, fake))
+    if min(len(hr), len(hf)) < 2:
+        raise ValueError(f'{len(real)} real and {len(fake)} generated fields leave fewer than 2 to hold out: '
+                         f'give more, or raise held={held}')
     noise_seed = torch.randint(2**31, (1,), generator=generator).item()
     score = lambda a, b: head_scores(head.eval(), denoiser, a, b, 4, density, torch.Generator().manual_seed(noise_seed))
     opt, curve = torch.optim.AdamW(head.parameters(), lr, weight_decay=1e-2), [(0, score(hr, hf)[1].value)]

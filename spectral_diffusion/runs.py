@@ -71,7 +71,8 @@ def git_facts(
 ):
     "The commit of the checkout that tracks `file`, and whether its code differs from it; None and None outside a checkout"
     file = file or find_spec('spectral_diffusion').origin
-    git = lambda *a: subprocess.run(['git', '-C', str(Path(file).parent), *a], capture_output=True, text=True).stdout.strip()
+    git = lambda *a: subprocess.run(['git', '-C', str(Path(file).parent), *a],
+                                    capture_output=True, text=True).stdout.strip()
     try: tracked = git('ls-files', '--', Path(file).name)
     except FileNotFoundError: tracked = ''
     if not tracked: return dict(commit=None, dirty=None)
@@ -95,9 +96,11 @@ def _version(p):
 def system_facts():
     "What decides the numbers of a run and their speed: versions, device, threads, commit; no names of users, hosts or folders"
     import torch
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else None
-    return dict(python=platform.python_version(), os=platform.system(), machine=platform.machine(), cpu=cpu_name(), cpus=os.cpu_count(),
-        threads=torch.get_num_threads(), device=gpu or 'cpu', **git_facts(), versions={p: _version(p) for p in _packages})
+    gpu = (torch.cuda.get_device_name() if torch.cuda.is_available()
+           else 'mps' if torch.backends.mps.is_available() else None)
+    return dict(python=platform.python_version(), os=platform.system(), machine=platform.machine(),
+                cpu=cpu_name(), cpus=os.cpu_count(), threads=torch.get_num_threads(), device=gpu or 'cpu',
+                **git_facts(), versions={p: _version(p) for p in _packages})
 
 # %% ../nbs/01_runs.ipynb #974413d4
 def check_writable(
@@ -109,7 +112,8 @@ def check_writable(
     try:
         with tempfile.TemporaryFile(dir=near) as f: f.write(b'x')
     except OSError as e:
-        raise OSError(f"cannot write the run folder '{folder}' ({near}: {e.strerror}): choose another folder, or make this one writable") from None
+        raise OSError(f"cannot write the run folder '{folder}' ({near}: {e.strerror}): "
+                      "choose another folder, or make this one writable") from None
 
 # %% ../nbs/01_runs.ipynb #2ec825a3
 class Run:
@@ -171,8 +175,10 @@ def styles(
     marked=False, # with markers, for curves of few points
 ):
     "Endless styles for lines, as arguments of `plot`: told apart without their colour"
-    colours, dashes = '#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9'.split(), ('-', '--', '-.', ':', (0, (5,1,1,1,1,1)))
-    for c, ls, m in zip(*map(itertools.cycle, (colours, dashes, 'osD^vX'))): yield dict(color=c, ls=ls) | (dict(marker=m, ms=4) if marked else {})
+    colours, dashes = ('#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9'.split(),
+                       ('-', '--', '-.', ':', (0, (5,1,1,1,1,1))))
+    for c, ls, m in zip(*map(itertools.cycle, (colours, dashes, 'osD^vX'))):
+        yield dict(color=c, ls=ls) | (dict(marker=m, ms=4) if marked else {})
 
 # %% ../nbs/01_runs.ipynb #65732a07
 _ops = {'<=': operator.le, '>=': operator.ge, '<': operator.lt, '>': operator.gt}
@@ -251,7 +257,8 @@ def claims_table(
 # %% ../nbs/01_runs.ipynb #95f73771
 def _claim_row(ax, c, marks):
     "One claim on its own axis"
-    v, seed, at = (math.nan if o is None else float(o) for o in (c['value'], c['seed_value'], _goal(c['goal'])[1] if c['goal'] else None))
+    v, seed, at = (math.nan if o is None else float(o)
+                   for o in (c['value'], c['seed_value'], _goal(c['goal'])[1] if c['goal'] else None))
     ends = [v if o is None or not math.isfinite(float(o)) else float(o) for o in (c['low'], c['high'])]
     mark, colour = marks[c['met']]
     ax.plot(ends, [0,0], c=colour, lw=2.5, alpha=.5, solid_capstyle='butt')
@@ -260,7 +267,8 @@ def _claim_row(ax, c, marks):
         ax.axvline(at, c='k', lw=2); ax.margins(.15); lim = ax.get_xlim()
         ax.axvspan(at, lim[c['goal'].strip()[0] == '>'], color='k', alpha=.08, lw=0); ax.set_xlim(lim)
     ax.set(yticks=[0], ylim=(-1,1)); ax.set_yticklabels([textwrap.fill(c['name'], 38)], fontsize=8)
-    ax.tick_params(axis='x', labelsize=7); ax.locator_params(axis='x', nbins=6); ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
+    ax.tick_params(axis='x', labelsize=7); ax.locator_params(axis='x', nbins=6)
+    ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
     ax.annotate(_value(c), (1.02, .5), xycoords='axes fraction', va='center', fontsize=8)
 
 # %% ../nbs/01_runs.ipynb #b5b46d2d
@@ -273,8 +281,10 @@ def plot_claims(
     marks = {True: ('o', '#006BA4'), False: ('X', '#C85200'), None: ('s', '#595959')}
     fig, axs = plt.subplots(len(claims), 1, figsize=(8, .55*len(claims)+.5), layout='constrained', squeeze=False)
     for ax, c in zip(axs[:,0], claims): _claim_row(ax, c, marks)
-    for (mark, colour), name in zip(marks.values(), ('goal met', 'not met', 'no goal')): ax.plot([], [], mark, c=colour, ms=7, label=name)
-    ax.plot([], [], 'D', c='k', mfc='none', ms=6, label='compared with'); ax.plot([], [], '|', c='k', ms=10, mew=2, label='goal (good side grey)')
+    for (mark, colour), name in zip(marks.values(), ('goal met', 'not met', 'no goal')):
+        ax.plot([], [], mark, c=colour, ms=7, label=name)
+    ax.plot([], [], 'D', c='k', mfc='none', ms=6, label='compared with')
+    ax.plot([], [], '|', c='k', ms=10, mew=2, label='goal (good side grey)')
     fig.legend(*ax.get_legend_handles_labels(), loc='outside upper center', ncols=5, fontsize=8, frameon=False)
     return fig
 
@@ -284,7 +294,8 @@ def load_run(
 ):
     "What the run in `folder` has left so far: `parameters`, `system`, `metrics`, `claims`, `log` (a list of events)"
     folder = Path(folder)
-    if not (folder/'metrics.json').exists(): raise FileNotFoundError(f"'{folder}' is no run folder: it has no metrics.json")
+    if not (folder/'metrics.json').exists():
+        raise FileNotFoundError(f"'{folder}' is no run folder: it has no metrics.json")
     m = read_json(folder/'metrics.json')
     log = [revive(json.loads(l)) for l in (folder/'log.jsonl').read_bytes().split(b'\n')[:-1]]
     return AttrDict(folder=folder, report=m.report, name=m.name, metrics=m.metrics, claims=m.claims, log=log,

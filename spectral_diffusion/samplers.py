@@ -47,7 +47,8 @@ def check_grid(grid # times
     "Refuse a grid that does not fall or leaves (0, 1]"
     g = _d(grid).cpu()
     if not (g[-1] > 0 and g[0] <= 1 and (g.diff() < 0).all()):
-        raise ValueError(f'a grid must fall strictly and stay in (0, 1]; this one runs from {g[0]:.4g} to {g[-1]:.4g}: flip or rescale it')
+        raise ValueError('a grid must fall strictly and stay in (0, 1]; '
+                         f'this one runs from {g[0]:.4g} to {g[-1]:.4g}: flip or rescale it')
     return g
 
 # %% ../nbs/06_samplers.ipynb #3bbe47ae
@@ -243,7 +244,9 @@ def sample_exp(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     if target not in spaces: raise ValueError(f"unknown target {target!r}: use one of v, {', '.join(spaces)}")
     scale, clock = spaces[target]
     def plan(a, b):
-        if target == 'eps' and a.min() < 1e-5: raise ValueError('eps cannot be frozen where alpha = 0 (zero SNR): start below t = 1, or use target x0, v, u or F')
+        if target == 'eps' and a.min() < 1e-5:
+            raise ValueError('eps cannot be frozen where alpha = 0 (zero SNR): '
+                             'start below t = 1, or use target x0, v, u or F')
         l, s, (p, q) = (a/b).log(), scale(a, b, sd), target_row(target, a, b, sd)
         ws = _ramp(l, lambda i, n: _moments(lambda v: clock(v, sd), l[i], l[i+1], n), order)
         return s[1:]/s[:-1], None, [s[1:]*w for w in ws], p - q*a/b, q/b
@@ -369,7 +372,8 @@ def sample_adaptive(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     sch, X = ask.schedule, ask.schedule.to(x_T)
     (c0, c1), (t0, t1) = (v.flatten().tolist() for v in _line(sch, ends, k, X)[:2])
     if t0 == t1: return ask.end(X, ends[1], jump)
-    at, way = [0.], progress((None for _ in itertools.count()), 100, 'sample (%)', after=1., count=lambda: round(100*at[0]/(t0-t1)))
+    at, way = [0.], progress((None for _ in itertools.count()), 100, 'sample (%)', after=1.,
+                             count=lambda: round(100*at[0]/(t0-t1)))
     next(way)
     def slope(s, Y):
         at[0] = max(at[0], float(s)); next(way)         # a trial step may be taken back
@@ -378,7 +382,8 @@ def sample_adaptive(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         Z = (c*Y).to(X)
         return _lin((q, ask(Z, t[0])), (p, Z)).double().neg()
     span = torch.tensor([0., t0-t1], dtype=torch.float64, device=X.device)
-    with closing(way): Y = odeint(slope, X.double()/c0, span, rtol=tol, atol=tol, method=method, options=dict(step_t=span[1:]))[-1]
+    with closing(way):
+        Y = odeint(slope, X.double()/c0, span, rtol=tol, atol=tol, method=method, options=dict(step_t=span[1:]))[-1]
     return ask.end((c1*Y).to(X), grid[-1], jump)
 
 # %% ../nbs/06_samplers.ipynb #255d678f
@@ -398,12 +403,18 @@ def sample_restart(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     "Restart sampling (Xu et al. 2023), on any schedule"
     grid, sch, nfe = check_grid(grid), denoiser.schedule, 0
     i = (sch.logsnr(grid) - sch.logsnr(_d(t_min))).abs().argmin().item()
-    if grid[i] >= t_max: raise ValueError(f'no time of the grid lies near t_min = {t_min} and below t_max = {t_max}: raise t_max or refine the grid')
+    if grid[i] >= t_max:
+        raise ValueError(f'no time of the grid lies near t_min = {t_min} and below t_max = {t_max}: '
+                         'raise t_max or refine the grid')
     def down(x, g, jump):
-        s = sampler(denoiser, x, g, generator=generator, callback=callback and (lambda m, *a: callback(nfe + m, *a)), jump=jump)
+        s = sampler(denoiser, x, g, generator=generator,
+                    callback=callback and (lambda m, *a: callback(nfe + m, *a)), jump=jump)
         return s.x, nfe + s.nfe
-    loop = torch.cat([_d([t_max]), grid_logsnr(sch, n+1, sch.logsnr(_d(t_max)).item(), sch.logsnr(grid[i]).item())[1:-1], grid[i:i+1]])
-    for g, end in progress([(grid[:i+1], False)]*(i > 0) + [(loop, False)]*K + [(grid[i:], jump)], desc='restart', after=1.):
+    loop = torch.cat([_d([t_max]),
+                      grid_logsnr(sch, n+1, sch.logsnr(_d(t_max)).item(), sch.logsnr(grid[i]).item())[1:-1],
+                      grid[i:i+1]])
+    for g, end in progress([(grid[:i+1], False)]*(i > 0) + [(loop, False)]*K + [(grid[i:], jump)],
+                           desc='restart', after=1.):
         if g is loop: x_T = renoise(sch, x_T, grid[i], t_max, generator)
         x_T, nfe = down(x_T, g, end)
     return Sample(x_T, nfe)
@@ -411,9 +422,12 @@ def sample_restart(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
 # %% ../nbs/06_samplers.ipynb #dee9bd0c
 samplers = dict(ddim=sample_ddim, ddpm=sample_ddpm, euler_a=sample_ddpm, euler=sample_euler, midpoint=sample_midpoint,
     heun=sample_heun, heun2=sample_heun2, heun3=sample_heun3, rk4=sample_rk4, edm=sample_edm,
-    dpmpp2m=sample_dpmpp2m, dpmpp3m=sample_dpmpp3m, dpmpp2m_sde=partial(sample_dpmpp, eta=1.), dpmpp3m_sde=partial(sample_dpmpp, order=3, eta=1.),
-    **{f'exp_{k}': partial(sample_exp, target=k) for k in ('x0','eps','u','v','F')}, unipc2=partial(sample_unipc, order=2), unipc=sample_unipc,
-    **{k: partial(sample_adaptive, method=k) for k in ('fehlberg2','bosh3','dopri5','dopri8')}, restart=sample_restart)
+    dpmpp2m=sample_dpmpp2m, dpmpp3m=sample_dpmpp3m,
+    dpmpp2m_sde=partial(sample_dpmpp, eta=1.), dpmpp3m_sde=partial(sample_dpmpp, order=3, eta=1.),
+    **{f'exp_{k}': partial(sample_exp, target=k) for k in ('x0','eps','u','v','F')},
+    unipc2=partial(sample_unipc, order=2), unipc=sample_unipc,
+    **{k: partial(sample_adaptive, method=k) for k in ('fehlberg2','bosh3','dopri5','dopri8')},
+    restart=sample_restart)
 stochastic = ('ddpm', 'euler_a', 'edm', 'dpmpp2m_sde', 'dpmpp3m_sde', 'restart')
 adaptive = ('fehlberg2', 'bosh3', 'dopri5', 'dopri8')
 
@@ -426,7 +440,8 @@ def smooth_bands(denoiser, # D(x_t, t, cond) -> x0_hat, with a `schedule`
     last, t_last = None, 0.
     def D(x, t, cond=None):
         nonlocal last, t_last
-        X0, keep = hartley(denoiser(x, t, cond)), torch.tensor(share)[torch.bucketize(freqs(x.shape[2:]), torch.tensor(edges))].to(x)
+        X0, keep = (hartley(denoiser(x, t, cond)),
+                    torch.tensor(share)[torch.bucketize(freqs(x.shape[2:]), torch.tensor(edges))].to(x))
         if last is not None and t < t_last and last.shape == X0.shape: X0 = torch.lerp(X0, last, keep)
         last, t_last = X0, t
         return hartley(X0)
@@ -458,7 +473,8 @@ def optimize_grid(denoiser, # D(x_t, t) -> x0_hat, oracle or trained, with a `sc
     "Fit a grid to a denoiser, a sampler and a number of questions, by coordinate search (after Sabour et al. 2024)"
     sch, theta, delta = denoiser.schedule, torch.zeros(m, dtype=torch.float64), .8
     ends = torch.stack([grids[0][0], min(g[-1] for g in grids)])
-    ref = sample_dpmpp3m(denoiser, x_T, torch.cat([ends[:1], grid_logsnr(sch, fine, *sch.logsnr(ends).clamp(min=-20).tolist())[1:]])).x
+    ref = sample_dpmpp3m(denoiser, x_T, torch.cat(
+        [ends[:1], grid_logsnr(sch, fine, *sch.logsnr(ends).clamp(min=-20).tolist())[1:]])).x
     loss = lambda th, g: (sampler(denoiser, x_T, warp_grid(sch, g, th)).x - ref).abs().mean().item()
     best, grid = min(((loss(theta, g), g) for g in grids), key=lambda p: p[0])
     for _ in progress(range(rounds), desc='fit grid', after=1.):

@@ -45,7 +45,8 @@ class Schedule:
         raw = self.t_of
         object.__setattr__(self, 't_of', lambda l: raw(l.clamp(-80, 80)).clamp(0, 1))   # a clock ends at 0 and 1
     def to(self, x):
-        if self.size and x.shape[2:] != self.size: raise ValueError(f'{self.name} is for fields of {self.size}, this one is {tuple(x.shape[2:])}')
+        if self.size and x.shape[2:] != self.size:
+            raise ValueError(f'{self.name} is for fields of {self.size}, this one is {tuple(x.shape[2:])}')
         return hartley(x) if self.filter else x
     def back(self, X): return hartley(X) if self.filter else X
     def alpha(self, t): return self.path(self.logsnr(_d(t)))[0]
@@ -211,13 +212,16 @@ def plot_schedules(*schedules # any number of `Schedule`s
         if not s.filter: continue
         a, b = s.coeffs(t, torch.empty(len(t), 1, *s.size).double()); l = 2*(a.log() - b.log()).flatten(1)
         axs[0].fill_between(t, l.amin(1), l.amax(1), color=style['color'], alpha=.2, lw=0)
-    axs[0].set(xlabel='t', ylabel='log-SNR', ylim=(-12,12), title='clocks'); axs[0].legend(fontsize=7, loc='upper right')
+    axs[0].set(xlabel='t', ylabel='log-SNR', ylim=(-12,12), title='clocks')
+    axs[0].legend(fontsize=7, loc='upper right')
     axs[1].set(xlabel='alpha', ylabel='sigma', title='paths', ylim=(0,1.3), aspect='equal')
     return fig
 
 # %% ../nbs/04_schedules.ipynb #33af0fb1
 def _filtered(schedule, how, size, filter):
-    if schedule.filter: raise ValueError(f'{schedule.name} has a filter already, and a second one would replace it: start from a plain clock')
+    if schedule.filter:
+        raise ValueError(f'{schedule.name} has a filter already, and a second one would replace it: '
+                         'start from a plain clock')
     return replace(schedule, name=f'{how} {schedule.name}', filter=filter, size=size)
 
 # %% ../nbs/04_schedules.ipynb #0bf37cbc
@@ -277,7 +281,8 @@ def from_target(name:str, # one of eps, x0, v, u, F
     p, q = target_row(name, alpha, sigma, sd)
     det = alpha*q - sigma*p
     if name == 'eps' and not alpha.is_cuda and alpha.min() < 1e-5:   # (on a GPU the look would stall its queue)
-        raise ValueError('eps says nothing about x0 where alpha = 0 (zero SNR): start below t = 1, or use target v, u, F or x0')
+        raise ValueError('eps says nothing about x0 where alpha = 0 (zero SNR): '
+                         'start below t = 1, or use target v, u, F or x0')
     return (q*x - sigma*pred)/det, (alpha*pred - p*x)/det
 
 # %% ../nbs/04_schedules.ipynb #1eec8efb

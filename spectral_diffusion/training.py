@@ -36,7 +36,8 @@ def denoising_loss(denoiser:Denoiser, # network, target and schedule
     X0, E = sch.to(x0), sch.to(eps)
     pred = denoiser.predict(sch.back(a*X0 + s*E), t, cond)
     err = sch.to(pred.float()) - to_target(name, X0, E, a, s, sd)
-    if spectrum is not None: err = (err if sch.filter else hartley(err))*(same_size(spectrum, x0)/spectrum.mean()).sqrt().to(err)
+    if spectrum is not None:
+        err = (err if sch.filter else hartley(err))*(same_size(spectrum, x0)/spectrum.mean()).sqrt().to(err)
     err = err.square()
     if weight:
         a = a.clamp(min=1e-6)                       # at zero SNR both factors have limits, and their product too
@@ -49,7 +50,8 @@ def lr_scale(step:int, # steps done
              warmup:int # steps of linear rise
             ) -> float: # factor on the learning rate, 0 to 1
     "Linear rise, then half a cosine down to zero"
-    return min((step+1)/warmup, .5 + .5*math.cos(math.pi*step/steps)) if warmup else .5 + .5*math.cos(math.pi*step/steps)
+    return (min((step+1)/warmup, .5 + .5*math.cos(math.pi*step/steps)) if warmup
+            else .5 + .5*math.cos(math.pi*step/steps))
 
 def flat(step:int, # steps done
          steps:int, # steps in all
@@ -77,7 +79,8 @@ def call(s, callbacks, when):
 def rng_state() -> dict:
     "Where the global random number generators stand: torch, every GPU, numpy, Python"
     kind, keys, *rest = np.random.get_state(); py = random.getstate()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(), numpy=[kind, keys.tolist(), *rest], python=[py[0], list(py[1]), py[2]])
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(),
+                numpy=[kind, keys.tolist(), *rest], python=[py[0], list(py[1]), py[2]])
 
 def set_rng_state(r # from `rng_state`
                  ):
@@ -89,11 +92,13 @@ def set_rng_state(r # from `rng_state`
 # %% ../nbs/15_training.ipynb #194f707d
 class TrainState(SimpleNamespace):
     "What a training run is at one moment; `fit` makes it, callbacks see it"
-    def __init__(self, **kw): super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[], t0=time.time(), **kw)
+    def __init__(self, **kw):
+        super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[], t0=time.time(), **kw)
     main = property(lambda self: not self.accelerator or self.accelerator.is_main_process)
     @property
     def _parts(self): return self.denoiser, getattr(self.opt, 'optimizer', self.opt)
-    def _keepers(self): return {f'{i} {type(c).__name__}': c for i,c in enumerate(self.callbacks) if hasattr(c, 'state_dict')}
+    def _keepers(self):
+        return {f'{i} {type(c).__name__}': c for i,c in enumerate(self.callbacks) if hasattr(c, 'state_dict')}
     def counting(self):
         "The steps still to do; a callback may set `step` back"
         while self.step < self.steps: self.step += 1; yield self.step
@@ -117,8 +122,11 @@ def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
     "Everything that decides the steps to come"
     from torch.distributed.checkpoint import state_dict as dcp        # takes a second to load
     net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    where = dict(rng=rng_state(), generator=self.generator and self.generator.get_state(), data=self.data.state_dict() if hasattr(self.data, 'state_dict') else None)
-    return dict(model=dcp.get_model_state_dict(net, **whole), opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None, where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
+    where = dict(rng=rng_state(), generator=self.generator and self.generator.get_state(),
+                 data=self.data.state_dict() if hasattr(self.data, 'state_dict') else None)
+    return dict(model=dcp.get_model_state_dict(net, **whole),
+                opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None,
+                where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
                 counts=dict(step=self.step, items=self.items, scale=self.scale), events=self.events)
 
 @patch
@@ -128,8 +136,11 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
     "Become what `state` was; with `where=False` the weights go back and the data go on"
     from torch.distributed.checkpoint import state_dict as dcp
     net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True))
-    if {*state['callbacks']} != {*self._keepers()}: raise ValueError(f"the state is of a run with callbacks {', '.join(state['callbacks'])}: this one has {', '.join(self._keepers())}")
-    opt.zero_grad()                                                  # torch does not load into an optimiser that is about to step
+    if {*state['callbacks']} != {*self._keepers()}:
+        raise ValueError(f"the state is of a run with callbacks {', '.join(state['callbacks'])}: "
+                         f"this one has {', '.join(self._keepers())}")
+    # torch does not load into an optimiser that is about to step
+    opt.zero_grad()
     dcp.set_model_state_dict(net, state['model'], **whole)
     if state['opt']: dcp.set_optimizer_state_dict(net, opt, state['opt'], **whole)
     else: opt.state.clear()
@@ -173,7 +184,8 @@ def next_batch(batches, # iterator of fields, or of pairs (fields, condition)
                dev # where it is wanted
               ) -> tuple: # fields, and the condition or None
     "One more batch, which there has to be"
-    if (batch := next(batches, None)) is None: raise ValueError(f'the data ran out after {s.step-1} steps: pass an endless iterable, such as Batches')
+    if (batch := next(batches, None)) is None:
+        raise ValueError(f'the data ran out after {s.step-1} steps: pass an endless iterable, such as Batches')
     return tuple(b.to(dev) for b in batch) if isinstance(batch, (tuple, list)) else (batch.to(dev), None)
 
 # %% ../nbs/15_training.ipynb #c0f641c6
@@ -211,8 +223,12 @@ def fit(denoiser:Denoiser, # trained in place
         rate=lr_scale # (step, steps, warmup) -> factor on the learning rate
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients"
-    s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip, accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
-                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target, sd=torch.as_tensor(denoiser.sd).tolist()) | (dict(accumulate=accumulate) if accumulate > 1 else {}) | (dict(rate=getattr(rate, '__name__', type(rate).__name__)) if rate is not lr_scale else {}))
+    s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip,
+                   accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
+                   config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target,
+                               sd=torch.as_tensor(denoiser.sd).tolist())
+                       | (dict(accumulate=accumulate) if accumulate > 1 else {})
+                       | (dict(rate=getattr(rate, '__name__', type(rate).__name__)) if rate is not lr_scale else {}))
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
     dev, params, batches = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)
@@ -224,12 +240,15 @@ def fit(denoiser:Denoiser, # trained in place
             s.items += len(x0); s.skip, s.clip = False, clip
             s.opt.zero_grad(); s.loss = 0.
             for part in divide(accumulate, *share(accelerator, x0, t, eps, cond)):
-                with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): share_of_loss = loss(denoiser, *part, weight).mean()/accumulate
+                with torch.autocast(dev.type, torch.bfloat16, enabled=bf16):
+                    share_of_loss = loss(denoiser, *part, weight).mean()/accumulate
                 share_of_loss.backward(); s.loss = s.loss + share_of_loss.detach()
             s.norm = grad_norm(params); s.loss = mean_over(accelerator, s.loss)
             s.opt.param_groups[0]['lr'] = s.lr = lr*s.scale*rate(s.step-1, steps, min(warmup, steps//5))
             call(s, callbacks, 'before_step')
-            if s.step % 20 == 1 and not s.skip and not s.loss.isfinite(): raise FloatingPointError(f'the loss is {s.loss.item()} at step {s.step}: lower lr (now {s.lr:.2g}) or check the data')
+            if s.step % 20 == 1 and not s.skip and not s.loss.isfinite():
+                raise FloatingPointError(f'the loss is {s.loss.item()} at step {s.step}: '
+                                         f'lower lr (now {s.lr:.2g}) or check the data')
             if not s.skip: nn.utils.clip_grads_with_norm_(params, s.clip, s.norm); s.opt.step()
             call(s, callbacks, 'after_step')
     except Stop: pass
@@ -269,10 +288,14 @@ class Muon(torch.optim.AdamW):
         least:int=16 # rows and columns from which on a parameter is a matrix
     ):
         super().__init__(params, lr, betas=(.9, .99), weight_decay=0., fused=True)
-        if len(self.param_groups) > 1: raise ValueError(f'Muon has one learning rate for all: pass one group of parameters, not {len(self.param_groups)}')
+        if len(self.param_groups) > 1:
+            raise ValueError('Muon has one learning rate for all: '
+                             f'pass one group of parameters, not {len(self.param_groups)}')
         self.momentum,self.rest,self.least = momentum,rest,least
 
-    def _matrices(self): return [p for p in self.param_groups[0]['params'] if p.grad is not None and p.ndim > 1 and min(p.flatten(1).shape) >= self.least]
+    def _matrices(self):
+        return [p for p in self.param_groups[0]['params']
+                if p.grad is not None and p.ndim > 1 and min(p.flatten(1).shape) >= self.least]
     @torch.no_grad()
     def step(self, closure=None):
         with torch.enable_grad(): loss = closure() if closure else None
@@ -281,13 +304,16 @@ class Muon(torch.optim.AdamW):
         g['lr'] = lr*self.rest; super().step(); g['lr'] = lr
         for p, d in zip(ps, grads): p.grad = d
         if not ps: return loss
-        for p in ps: self.state[p] = self.state[p] or dict(step=torch.zeros(()), momentum=torch.zeros_like(p)); self.state[p]['step'] += 1
+        for p in ps:
+            self.state[p] = self.state[p] or dict(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            self.state[p]['step'] += 1
         old = [self.state[p]['momentum'] for p in ps]
         torch._foreach_lerp_(old, grads, 1 - self.momentum)
         ahead = [d.flatten(1) for d in torch._foreach_lerp(grads, old, self.momentum)]
         for m,n in {d.shape for d in ahead}:
             same = [i for i,d in enumerate(ahead) if d.shape == (m, n)]
-            for i, o in zip(same, polar(torch.stack([ahead[i] for i in same]))): ps[i].sub_(o.view_as(ps[i]), alpha=lr*max(1, m/n)**.5)
+            for i, o in zip(same, polar(torch.stack([ahead[i] for i in same]))):
+                ps[i].sub_(o.view_as(ps[i]), alpha=lr*max(1, m/n)**.5)
         return loss
 
 # %% ../nbs/15_training.ipynb #f61476fd
@@ -325,7 +351,9 @@ class Early:
     def after_step(self, s):
         if s.step == self.at: self.model.load_state_dict(self.ema.model.state_dict())
     def after(self, s):
-        if s.step < self.at: raise RuntimeError(f'training ended at step {s.step}, before step {self.at} at which the early average is kept: lower share={self.share}')
+        if s.step < self.at:
+            raise RuntimeError(f'training ended at step {s.step}, before step {self.at} '
+                               f'at which the early average is kept: lower share={self.share}')
     def state_dict(self): return dict(self.model.state_dict())
     def load_state_dict(self, state): self.model.load_state_dict(state)
 
@@ -340,7 +368,8 @@ class Log:
         self.losses.append(s.loss)
         if self.run and s.main and (s.step % self.every == 0 or s.step == s.steps):
             loss = self.curve(self.every).mean().item()
-            tell(self.run, 'train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(), items_per_s=s.items/(time.time()-s.t0))
+            tell(self.run, 'train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(),
+                 items_per_s=s.items/(time.time()-s.t0))
     def curve(self, last:int=0): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()     # of so many last steps; 0: all
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
     def load_state_dict(self, state): self.losses = [*state['losses']]
@@ -369,8 +398,13 @@ class LiveLoss:
     def draw(self, s):
         c = self.log.curve(); fine = c[c.isfinite()]
         fig, ax = plt.subplots(figsize=(7,2.4)); self.log.plot(ax, s.steps//50)
-        ax.set(ylabel=f'{s.denoiser.target}-loss', xlim=(0, s.steps), ylim=(0, 1.5*fine[len(fine)//10:].quantile(.98).item() if len(fine) else 1), title=f'{s.items:,} items')
-        for e in s.events: ax.axvline(e['step'], color='C3', lw=.8, ls=':'); ax.annotate(e['what'], (e['step'], .98), xycoords=('data','axes fraction'), rotation=90, va='top', ha='right', fontsize=7)
+        ax.set(ylabel=f'{s.denoiser.target}-loss', xlim=(0, s.steps),
+               ylim=(0, 1.5*fine[len(fine)//10:].quantile(.98).item() if len(fine) else 1),
+               title=f'{s.items:,} items')
+        for e in s.events:
+            ax.axvline(e['step'], color='C3', lw=.8, ls=':')
+            ax.annotate(e['what'], (e['step'], .98), xycoords=('data','axes fraction'),
+                        rotation=90, va='top', ha='right', fontsize=7)
         plt.close(fig); self.fig = fig
         if self.handle: self.handle.update(fig)
     def after_step(self, s):
@@ -389,20 +423,28 @@ class Checkpoints:
         shard:int=2**27 # bytes per file, at most
     ): self.every,self.score,self.config,self.store = every,score,config or {},Store(folder, keep=keep, shard=shard)
     def ready(self, s):
-        if not hasattr(s.data, 'state_dict'): raise ValueError(f'{type(s.data).__name__} has no state_dict, so a resumed run could not find its place in the data: use Batches, or leave Checkpoints out')
+        if not hasattr(s.data, 'state_dict'):
+            raise ValueError(f'{type(s.data).__name__} has no state_dict, so a resumed run could not find '
+                             'its place in the data: use Batches, or leave Checkpoints out')
         self.saved, self.config = None, {**s.config, **self.config}
         if self.store.steps(): self.resume(s)
-        else: state = s.state_dict(); self.store.preflight(dict(state=state, moments=[state['model']]*2)) if s.main else None
+        else:
+            state = s.state_dict()
+            self.store.preflight(dict(state=state, moments=[state['model']]*2)) if s.main else None
     def resume(self, s):
         c = self.store.load(); old = dict(c.config)
         diff = ', '.join(f'{k}={old.get(k)!r}' for k in {**old, **self.config} if old.get(k) != self.config.get(k))
-        if diff: raise ValueError(f"'{self.store.folder}' holds a run with {diff}: choose another folder, or ask for the same run")
+        if diff:
+            raise ValueError(f"'{self.store.folder}' holds a run with {diff}: "
+                             "choose another folder, or ask for the same run")
         s.load_state_dict(c.state); self.saved = s.step
         s.event('resumed')
     def save(self, s):
         state, score = s.state_dict(), self.score and float(self.score(s))
         try: self.store.save(s.step, state, self.config, score) if s.main else None
-        except OSError as e: s.event('save failed', why=str(e)); warnings.warn(f'no checkpoint at step {s.step}, training goes on: {e}')
+        except OSError as e:
+            s.event('save failed', why=str(e))
+            warnings.warn(f'no checkpoint at step {s.step}, training goes on: {e}')
         if s.accelerator: s.accelerator.wait_for_everyone()
         self.saved = s.step
     def after_step(self, s):

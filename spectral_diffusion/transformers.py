@@ -20,7 +20,8 @@ def patchify(
     patch:tuple, # sides of a patch, one per dim
 )->Tensor: # (B, C prod(patch), *(S/patch))
     "Fold blocks into channels"
-    if any(n % p for n,p in zip(x.shape[2:], patch, strict=True)): raise ValueError(f'a field of {tuple(x.shape[2:])} cannot be cut into patches of {tuple(patch)}')
+    if any(n % p for n,p in zip(x.shape[2:], patch, strict=True)):
+        raise ValueError(f'a field of {tuple(x.shape[2:])} cannot be cut into patches of {tuple(patch)}')
     d = len(patch)
     x = x.reshape(*x.shape[:2], *[k for n,p in zip(x.shape[2:], patch) for k in (n//p, p)])
     return x.permute(0, 1, *range(3, 3+2*d, 2), *range(2, 2+2*d, 2)).flatten(1, 1+d)
@@ -57,7 +58,8 @@ class QKNorm(nn.Module):
     def __init__(self, head:int): # channels per head
         super().__init__()
         self.q,self.k = nn.RMSNorm(head, eps=1e-6),nn.RMSNorm(head, eps=1e-6)
-    def forward(self, q, k, v, **kw): return F.scaled_dot_product_attention(self.q(q.float()).to(v), self.k(k.float()).to(v), v, **kw)
+    def forward(self, q, k, v, **kw):
+        return F.scaled_dot_product_attention(self.q(q.float()).to(v), self.k(k.float()).to(v), v, **kw)
 
 # %% ../nbs/13_transformers.ipynb #03471e3a
 class DiTBlock(nn.Module):
@@ -65,9 +67,11 @@ class DiTBlock(nn.Module):
     def __init__(self, width, heads, emb):
         super().__init__()
         self.norm = ChannelNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn,self.mlp = SelfAttention(width, heads),nn.Sequential(Pointwise(width, 4*width), nn.GELU('tanh'), Pointwise(4*width, width))
+        self.attn,self.mlp = SelfAttention(width, heads),nn.Sequential(
+            Pointwise(width, 4*width), nn.GELU('tanh'), Pointwise(4*width, width))
         self.attn.attend,self.ada = QKNorm(width//heads),zero(nn.Linear(emb, 6*width))
-        for m in (self.attn.qkv, self.attn.out, self.mlp[0], self.mlp[2]): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+        for m in (self.attn.qkv, self.attn.out, self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
 
     def forward(self, x, e):
         a, ga, m, gm = self.ada(e).split([2*x.shape[1], x.shape[1]]*2, 1)
@@ -93,9 +97,12 @@ class DiT(nn.Module):
     ):
         super().__init__()
         self.patch = (patch,)*dim if isinstance(patch, int) else tuple(patch)
-        if dim not in (1,2,3) or len(self.patch) != dim: raise ValueError(f'dim={dim} with patch={patch}: a DiT has 1, 2 or 3 spatial dims and one side per dim')
-        if width % heads or width < 4*dim: raise ValueError(f'width={width} cannot be shared among {heads} heads and {dim} axes')
-        self.span,self.recompute,n = span and tuple(s//p for s,p in zip(span, self.patch, strict=True)), recompute, math.prod(self.patch)
+        if dim not in (1,2,3) or len(self.patch) != dim:
+            raise ValueError(f'dim={dim} with patch={patch}: a DiT has 1, 2 or 3 spatial dims and one side per dim')
+        if width % heads or width < 4*dim:
+            raise ValueError(f'width={width} cannot be shared among {heads} heads and {dim} axes')
+        self.span,self.recompute,n = (span and tuple(s//p for s,p in zip(span, self.patch, strict=True)),
+                                      recompute, math.prod(self.patch))
         self.emb,self.classes = LogSNREmbedding(width, 256), nn.Embedding(classes+1, width) if classes else None
         self.stem = Pointwise(channels*n, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, width) for _ in range(depth))

@@ -100,7 +100,8 @@ def tents(size, # spatial size, S
     place = (f/low).asinh()/math.asinh(len(size)**.5/2/low)*(n-1)
     T = (1 - (place.flatten() - torch.arange(n)[:,None]).abs()).clamp(min=0)
     last = torch.arange(f.shape[-1])
-    twice = torch.where((last == 0) | (2*last == size[-1]), 1., 2.).expand(f.shape).flatten()      # modes that stand for -f too
+    # modes that stand for -f too
+    twice = torch.where((last == 0) | (2*last == size[-1]), 1., 2.).expand(f.shape).flatten()
     return T.to(device, dtype), (T*twice/math.prod(size)).to(device, dtype)
 
 # %% ../nbs/12_unets.ipynb #40364df6
@@ -109,7 +110,8 @@ class BandGain(nn.Module):
     def __init__(self, channels, emb, n, listen=True, hidden=32):
         super().__init__()
         self.listen = listen
-        self.net = nn.Sequential(nn.Linear(emb + listen*n*channels, hidden), nn.SiLU(), zero(nn.Linear(hidden, n*channels)))
+        self.net = nn.Sequential(nn.Linear(emb + listen*n*channels, hidden), nn.SiLU(),
+                                 zero(nn.Linear(hidden, n*channels)))
     def forward(self, e, p):                                                     # (B, emb), powers (B, C, n)
         h = torch.cat([e, (p + 1e-4).log().flatten(1)], 1) if self.listen else e
         return self.net(h).view(p.shape)
@@ -136,7 +138,8 @@ def fourier_matrices(size, # spatial size, S
     n = math.prod(size)
     X = torch.view_as_real(rfftn(torch.eye(n, dtype=torch.float64).view(n, 1, *size)))
     one = torch.eye(X[0].numel(), dtype=torch.float64).view(-1, *X.shape[1:])
-    return X.flatten(1).T.contiguous().to(device, dtype), irfftn(torch.view_as_complex(one), size).flatten(1).T.contiguous().to(device, dtype)
+    return (X.flatten(1).T.contiguous().to(device, dtype),
+            irfftn(torch.view_as_complex(one), size).flatten(1).T.contiguous().to(device, dtype))
 
 # %% ../nbs/12_unets.ipynb #a635c4d0
 _small = 100      # places up to which the matrix is faster
@@ -145,7 +148,8 @@ def to_modes(x:Tensor, # real field, (B, C, *S)
              blocks:int # of channels
             ) -> Tensor: # real and imaginary parts, (modes, blocks, 2, B, g)
     "`rfftn` with modes first, channels last, in real numbers"
-    if math.prod(x.shape[2:]) > _small: return torch.view_as_real(rfftn(x).flatten(2)).unflatten(1, (blocks, -1)).permute(3, 1, 4, 0, 2).contiguous()
+    if math.prod(x.shape[2:]) > _small:
+        return torch.view_as_real(rfftn(x).flatten(2)).unflatten(1, (blocks, -1)).permute(3, 1, 4, 0, 2).contiguous()
     A = fourier_matrices(tuple(x.shape[2:]), x.dtype, x.device)[0]
     return (A @ x.flatten(2).permute(2, 0, 1).flatten(1)).view(len(A)//2, 2, len(x), blocks, -1).permute(0, 3, 1, 2, 4)
 
@@ -153,7 +157,9 @@ def from_modes(R:Tensor, # (modes, blocks, 2, B, g)
                size:tuple # spatial size of the field, S
               ) -> Tensor: # real field, (B, C, *S)
     "The inverse of `to_modes`"
-    if math.prod(size) > _small: return irfftn(torch.view_as_complex(R.permute(3, 1, 4, 0, 2).contiguous()).flatten(1, 2).unflatten(2, (*size[:-1], -1)), size)
+    if math.prod(size) > _small:
+        return irfftn(torch.view_as_complex(R.permute(3, 1, 4, 0, 2).contiguous())
+                      .flatten(1, 2).unflatten(2, (*size[:-1], -1)), size)
     A = fourier_matrices(tuple(size), R.dtype, R.device)[1]
     y = A @ R.permute(0, 2, 3, 1, 4).reshape(A.shape[1], -1)
     return y.view(len(A), R.shape[3], -1).permute(1, 2, 0).unflatten(2, size)
@@ -182,7 +188,7 @@ class SpectralBranch(Mixer):
         S, (T, share) = x.shape[2:], tents(tuple(x.shape[2:]), self.n, x.dtype, x.device)
         a, b = self.a(S, x)
         Z = mode_product(to_modes(x, self.blocks), a + torch.eye(a.shape[-1]).to(a), b); P = Z.square().sum(2)
-        p = (share @ P.flatten(1)).unflatten(1, P[0].shape).permute(2, 1, 3, 0).flatten(1, 2)    # of the bands, (B, C, n)
+        p = (share @ P.flatten(1)).unflatten(1, P[0].shape).permute(2, 1, 3, 0).flatten(1, 2)  # of the bands, (B, C, n)
         L = torch.stack([self.gain(e, p), self.floor(e, p)]).unflatten(2, (self.blocks, -1)).permute(4, 0, 2, 1, 3)
         g, N = (T.T @ L.flatten(1)).exp().unflatten(1, (2, *P.shape[1:])).unbind(1)
         return mode_product(Z*(g*P/(P + N))[:,:,None], *self.b(S, x))
@@ -207,7 +213,8 @@ class BandShift(nn.Module):
     "By how many pixels each band of each channel moves, from attention over the bands; 0 at first"
     def __init__(self, dim, channels, emb, n, width=32):
         super().__init__()
-        self.power,self.level,self.place = nn.Linear(channels, width), nn.Linear(emb, width), nn.Parameter(torch.randn(n, width)/8)
+        self.power,self.level,self.place = (nn.Linear(channels, width), nn.Linear(emb, width),
+                                            nn.Parameter(torch.randn(n, width)/8))
         self.attend,self.out,self.dim = SelfAttention(width, 4), zero(nn.Linear(width, channels*dim)), dim
     def forward(self, e, p):                                                      # (B, emb), powers (B, C, n)
         h = self.power((p + 1e-4).log().mT) + self.level(e)[:,None] + self.place
@@ -218,7 +225,8 @@ def known(names, # options, strings
           options # all there are
          ) -> tuple: # names
     "Refuse an option that does not exist"
-    if bad := [n for n in names if n not in options]: raise ValueError(f'unknown option {", ".join(map(repr, bad))}: choose among {", ".join(options)}')
+    if bad := [n for n in names if n not in options]:
+        raise ValueError(f'unknown option {", ".join(map(repr, bad))}: choose among {", ".join(options)}')
     return names
 
 # %% ../nbs/12_unets.ipynb #5e5406bc
@@ -232,14 +240,17 @@ class Adapter(Mixer):
         n:int=6 # bands
     ):
         super().__init__()
-        make = dict(gain=lambda: BandGain(channels, emb, n, listen=False), amplitude=lambda: BandGain(channels, emb, n), phase=lambda: BandShift(dim, channels, emb, n))
+        make = dict(gain=lambda: BandGain(channels, emb, n, listen=False),
+                    amplitude=lambda: BandGain(channels, emb, n),
+                    phase=lambda: BandShift(dim, channels, emb, n))
         self.n,self.parts = n, nn.ModuleDict({k: make[k]() for k in known(parts, make)})
 
     def log_factor(self, X, size, e):
         "Logarithm of what each mode is multiplied by, (B, C, *half), real unless something moves"
         T, share = tents(tuple(size), self.n, X.real.dtype, X.device)
         p = torch.view_as_real(X).square().sum(-1).flatten(2) @ share.T
-        L = sum(m(e, p) for k, m in self.parts.items() if k != 'phase') @ T if {*self.parts} - {'phase'} else X.real.new_zeros(())
+        L = (sum(m(e, p) for k, m in self.parts.items() if k != 'phase') @ T if {*self.parts} - {'phase'}
+             else X.real.new_zeros(()))
         if 'phase' not in self.parts: return L.view(X.shape)
         odd = (2*math.pi*coords(size)).sin().flatten(0, -2).to(T)
         angle = torch.einsum('bncd,nm,md->bcm', self.parts['phase'](e, p), T, odd)
@@ -273,15 +284,21 @@ class Adapted(nn.Module):
 
 # %% ../nbs/12_unets.ipynb #30ad634a
 def _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell):
-    if blocks < 1 or any(a not in range(len(mults)) for a in (*attn, *spectral)): raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} and spectral={spectral} must name levels below {len(mults)}')
+    if blocks < 1 or any(a not in range(len(mults)) for a in (*attn, *spectral)):
+        raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} and spectral={spectral} '
+                         f'must name levels below {len(mults)}')
     known(adapters, ('input', 'output', 'block', 'amplitude', 'phase', 'skip'))
-    if 'skip' in adapters and out not in (None, channels): raise ValueError(f'what is skipped past the network has {channels} channels and the answer {out}: leave "skip" out')
-    if tell and classes: raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
+    if 'skip' in adapters and out not in (None, channels):
+        raise ValueError(f'what is skipped past the network has {channels} channels and the answer {out}: '
+                         'leave "skip" out')
+    if tell and classes:
+        raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
 
 def _outside(dim, channels, out, emb, adapters):
     "Adapters before, behind and past a network; None where there is none"
     first = [new for old, new in dict(input='gain', amplitude='amplitude', phase='phase').items() if old in adapters]
-    return (Adapter(dim, channels, emb, first) if first else None, Adapter(dim, out, emb) if 'output' in adapters else None,
+    return (Adapter(dim, channels, emb, first) if first else None,
+            Adapter(dim, out, emb) if 'output' in adapters else None,
             SkipFilter(dim, channels, emb, ('amplitude',)) if 'skip' in adapters else None)
 
 # %% ../nbs/12_unets.ipynb #e58b1d34
@@ -334,7 +351,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(step(i+o, l, o) for i, l, o in zip([c]+width[::-1], levels[::-1], width[::-1]))
         last = layer('ConvTranspose' if patch > 1 else 'Conv', dim)(width[0], out or channels, **k)
         self.head = nn.Sequential(norm(width[0]), nn.SiLU(), zero(last))
-        self.pool,self.blocks,self.patch,self.recompute = layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch, recompute
+        self.pool,self.blocks,self.patch,self.recompute = (
+            layer('AvgPool', dim)(2, ceil_mode=True), blocks, patch, recompute)
         self.first,self.last,self.skip = _outside(dim, channels, out or channels, emb, adapters)
         self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
         self.tell = tell(emb) if tell else None
@@ -350,7 +368,9 @@ def embed(self:UNet,
     e = self.emb(logsnr)
     if self.tell: return e + self.tell(cond, len(e))
     if self.classes is None:
-        if cond is not None: raise ValueError('this network is unconditional: build it with classes=... or tell=... to pass a condition')
+        if cond is not None:
+            raise ValueError('this network is unconditional: '
+                             'build it with classes=... or tell=... to pass a condition')
         return e
     none = torch.full((len(e),), self.classes.num_embeddings-1, device=e.device)
     return e + self.classes(none if cond is None else cond)
@@ -363,7 +383,8 @@ def go_down(self:UNet,
             more=None # added to the features behind the stem
            ) -> tuple: # features of the innermost level, list of what is handed across
     "Down to the innermost level and through it"
-    if any(n % self.patch for n in x.shape[2:]): raise ValueError(f'a field of {tuple(x.shape[2:])} cannot be cut into patches of side {self.patch}')
+    if any(n % self.patch for n in x.shape[2:]):
+        raise ValueError(f'a field of {tuple(x.shape[2:])} cannot be cut into patches of side {self.patch}')
     h, skips = self.stem((self.first(x, e=e) if self.first else x).contiguous(memory_format=self.layout)), []
     if more is not None: h = h + more
     for i, (block, attn) in enumerate(self.down):
@@ -411,7 +432,9 @@ def mixing_macs(net:nn.Module, # a network
     n, hooks = dict(spatial=0, spectral=0), []
     def count(m, i, o):
         if isinstance(m, ModeMatrix): n['spectral'] += 4*o[0].numel()
-        elif o.ndim > 2: n['spatial'] += m.weight.numel()*(i[0][0].numel()//m.in_features if isinstance(m, nn.Linear) else (i[0] if m.transposed else o)[0,0].numel())
+        elif o.ndim > 2:
+            n['spatial'] += m.weight.numel()*(i[0][0].numel()//m.in_features if isinstance(m, nn.Linear)
+                                              else (i[0] if m.transposed else o)[0,0].numel())
     for m in net.modules():
         if isinstance(m, (ModeMatrix, nn.Linear, nn.modules.conv._ConvNd)): hooks.append(m.register_forward_hook(count))
     with torch.no_grad(): net(*args)
@@ -452,7 +475,9 @@ class ResidualMLP(nn.Module):
         self.out = Dense(E, width, d)
 
     def forward(self, x, logsnr, cond=None):
-        if len(x) % self.E: raise ValueError(f'a batch of {len(x)} cannot be shared among {self.E} members: pass E times as many points')
+        if len(x) % self.E:
+            raise ValueError(f'a batch of {len(x)} cannot be shared among {self.E} members: '
+                             'pass E times as many points')
         levels, k = logsnr.unique(return_inverse=True)
         k, e = k.view(self.E, -1), self.time(levels)
         f = self.embed(x.view(self.E, -1, x.shape[-1]), levels, e, k)
@@ -494,7 +519,8 @@ class MemberLoss:
     ): self.loss,self.K,self.gs = loss, K, [torch.Generator().manual_seed(s) for s in seeds]
     def draw(self, x0):
         each = x0.chunk(len(self.gs))
-        t = torch.cat([torch.randint(1, self.K+1, (len(x),), generator=g) for x,g in zip(each, self.gs)]).double()/self.K
+        t = torch.cat([torch.randint(1, self.K+1, (len(x),), generator=g)
+                       for x,g in zip(each, self.gs)]).double()/self.K
         return t, torch.cat([torch.randn(x.shape, generator=g) for x,g in zip(each, self.gs)])
     def __call__(self, denoiser, x0, t, eps, cond=None, weight=None):
         loss = self.loss(denoiser, x0, *self.draw(x0), cond, weight)
@@ -533,7 +559,8 @@ class UNetCifar32(nn.Module):
         self.down = nn.ModuleList(nn.ModuleList([res(i, 64), res(64, 64), conv(64, 64, s=2)]) for i in (32,64,64))
         self.mid = res(64, 64)
         leave = lambda o: nn.Sequential(nn.Upsample(scale_factor=2), conv(o, o)) if o == 64 else nn.Identity()
-        self.up = nn.ModuleList(nn.ModuleList([conv(128, o, 1), res(o, o), conv(o + 64, o, 1), res(o, o), leave(o)]) for o in (64,64,32))
+        self.up = nn.ModuleList(nn.ModuleList([conv(128, o, 1), res(o, o), conv(o + 64, o, 1), res(o, o), leave(o)])
+                                for o in (64,64,32))
         self.head = nn.Sequential(nn.GroupNorm(32, 32), nn.SiLU(), conv(32, channels))
 
     def forward(self, x, logsnr, cond=None):
@@ -561,7 +588,8 @@ class VolumeResBlock(ResBlock):
     "Seed 003's residual block: the noise level shifts"
     def __init__(self, dim, c_in, c_out, emb, groups):
         super().__init__(dim, c_in, c_out, emb)
-        self.norm1,self.norm2,self.film = nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6), nn.Linear(emb, c_out)
+        self.norm1,self.norm2,self.film = (nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6),
+                                           nn.Linear(emb, c_out))
     def forward(self, x, e):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h + self.film(e).view(*h.shape[:2], *[1]*(x.ndim-2)))
@@ -572,7 +600,8 @@ def repeat_conv(conv:nn.Module, # convolution of side 3
                 h:Tensor # field (B, C, *S)
                ) -> Tensor: # (B, C', *2S)
     "conv of a field whose places are repeated, by a transposed convolution"
-    one, d = h.new_tensor([[0,0,1],[0,1,1],[1,1,0],[1,0,0]]), h.ndim - 2                # which weights meet at each of four places
+    # which weights meet at each of four places
+    one, d = h.new_tensor([[0,0,1],[0,1,1],[1,1,0],[1,0,0]]), h.ndim - 2
     w = conv.weight.transpose(0, 1).flatten(2) @ reduce(torch.kron, [one]*d).T
     return getattr(F, f'conv_transpose{d}d')(h, w.unflatten(2, (4,)*d), conv.bias, 2, 1)
 
@@ -590,12 +619,13 @@ class Step(nn.Module):
     def __init__(self, conv, up): super().__init__(); self.conv,self.up = conv, up
     def forward(self, h, e, size=None):
         if not self.up: return self.conv(h)
-        return repeat_conv(self.conv, h) if all(n == 2*m for n, m in zip(size, h.shape[2:])) else self.conv(F.interpolate(h, size))
+        return (repeat_conv(self.conv, h) if all(n == 2*m for n, m in zip(size, h.shape[2:]))
+                else self.conv(F.interpolate(h, size)))
 
 # %% ../nbs/12_unets.ipynb #93a4e988
 class VolumeUNet(nn.Module):
     "Seed 003's network, (x, log-SNR, condition) -> answer, for 1, 2 or 3 spatial dims"
-    skip = None                                                        # nothing goes past it, as in a `UNet` without that adapter
+    skip = None   # nothing goes past it, as in a `UNet` without that adapter
     def __init__(self,
         dim:int=3, # spatial dims, 1 to 3
         channels:int=1, # of the field, and of what lies beside it
@@ -613,17 +643,21 @@ class VolumeUNet(nn.Module):
         n, emb = len(widths), 4*widths[0]; blocks = (blocks,)*n if isinstance(blocks, int) else blocks
         res = lambda i, o, l: VolumeLevel(dim, i, o, emb, l in attn, groups, head)
         conv = lambda i, o, s=1: layer('Conv', dim)(i, o, 3, s, 1)
-        self.time,self.mlp,self.tell = time or partial(waves, dim=widths[0]), time_mlp(widths[0], emb), tell(emb) if tell else None
+        self.time,self.mlp,self.tell = (time or partial(waves, dim=widths[0]), time_mlp(widths[0], emb),
+                                        tell(emb) if tell else None)
         self.stem, self.down, handed, c = conv(channels, widths[0]), nn.ModuleList(), [widths[0]], widths[0]
         for l, w in enumerate(widths):
             self.down += [res(i, w, l) for i in [c] + [w]*(blocks[l]-1)] + [Step(conv(w, w, 2), False)]*(l < n-1)
             handed += [w]*(blocks[l] + (l < n-1)); c = w
-        self.mid, self.up = Bottleneck(VolumeResBlock(dim, c, c, emb, groups), res(c, c, attn[0]).attn if attn else Attention(c), VolumeResBlock(dim, c, c, emb, groups)), nn.ModuleList()
+        self.mid, self.up = Bottleneck(VolumeResBlock(dim, c, c, emb, groups),
+                                       res(c, c, attn[0]).attn if attn else Attention(c),
+                                       VolumeResBlock(dim, c, c, emb, groups)), nn.ModuleList()
         for l, w in [*enumerate(widths)][::-1]:
             for _ in range(blocks[l] + 1): self.up.append(res(c + handed.pop(), w, l)); c = w
             if l: self.up.append(Step(conv(w, w), True))
         self.head = nn.Sequential(nn.GroupNorm(groups, c, 1e-6), nn.SiLU(), zero(conv(c, out or channels)))
-        self.patch,self.recompute,self.layout = 1, recompute, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format)
+        self.patch,self.recompute,self.layout = (
+            1, recompute, {2: torch.channels_last, 3: torch.channels_last_3d}.get(dim, torch.contiguous_format))
         self.to(memory_format=self.layout)
 
 # %% ../nbs/12_unets.ipynb #c82e1d63
@@ -634,7 +668,8 @@ def embed(self:VolumeUNet,
          ) -> Tensor: # (B, 4 widths[0]), after the activation that every block begins with
     "The vector that tells every block what the noise level is, and what is asked for"
     e = self.mlp(self.time(logsnr))
-    if cond is not None and self.tell is None: raise ValueError('this network is unconditional: build it with tell=... to pass a condition')
+    if cond is not None and self.tell is None:
+        raise ValueError('this network is unconditional: build it with tell=... to pass a condition')
     return F.silu(e + self.tell(cond, len(e)) if self.tell else e)
 
 @patch
@@ -656,7 +691,9 @@ def go_up(self:VolumeUNet,
          ) -> Tensor: # (B, out, *S)
     "Up again, to the answer"
     skips = [*skips]
-    for block in self.up: h = again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step) else again(self.recompute, joined, block, h, skips.pop(), e)
+    for block in self.up:
+        h = (again(self.recompute, block, h, e, skips[-1].shape[2:]) if isinstance(block, Step)
+             else again(self.recompute, joined, block, h, skips.pop(), e))
     return again(self.recompute, self.head, h)
 
 @patch
@@ -672,13 +709,20 @@ def take_over(
 )->VolumeUNet:
     "Copy MONAI's weights, kind by kind in the order of the layers"
     pick = lambda net, *names: [m for m in net.modules() if type(m).__name__ in names]
-    kinds = (('VolumeResBlock',), ('DiffusionUNetResnetBlock',)), (('Attention',), ('SpatialAttentionBlock',)), (('Step',), ('DiffusionUnetDownsample', 'WrappedUpsample'))
-    pairs = [(ours.mlp, theirs.time_embed), (ours.stem, theirs.conv_in), (ours.head, theirs.out)] + [p for a, b in kinds for p in zip(pick(ours, *a), pick(theirs, *b), strict=True)]
-    rename = lambda k: reduce(lambda k, r: k.replace(*r), (('time_emb_proj', 'film'), ('attn.', ''), ('out_proj', 'out'), ('.conv', '')), k)
+    kinds = ((('VolumeResBlock',), ('DiffusionUNetResnetBlock',)),
+             (('Attention',), ('SpatialAttentionBlock',)),
+             (('Step',), ('DiffusionUnetDownsample', 'WrappedUpsample')))
+    pairs = ([(ours.mlp, theirs.time_embed), (ours.stem, theirs.conv_in), (ours.head, theirs.out)]
+             + [p for a, b in kinds for p in zip(pick(ours, *a), pick(theirs, *b), strict=True)])
+    rename = lambda k: reduce(lambda k, r: k.replace(*r),
+                              (('time_emb_proj', 'film'), ('attn.', ''), ('out_proj', 'out'), ('.conv', '')), k)
     for a, b in pairs:
-        for (n, p), (k, q) in zip(*(sorted((rename(k), p) for k,p in m.named_parameters()) for m in (a, b)), strict=True):
-            q = q.flatten(1) if p.ndim == 2 else q                                   # a 1x1x1 convolution is a matrix here
-            if p.shape != q.shape: raise ValueError(f'{n} is {tuple(p.shape)} here and {k} is {tuple(q.shape)} there: build both with the same widths')
+        for (n, p), (k, q) in zip(*(sorted((rename(k), p) for k,p in m.named_parameters()) for m in (a, b)),
+                                  strict=True):
+            q = q.flatten(1) if p.ndim == 2 else q   # a 1x1x1 convolution is a matrix here
+            if p.shape != q.shape:
+                raise ValueError(f'{n} is {tuple(p.shape)} here and {k} is {tuple(q.shape)} there: '
+                                 'build both with the same widths')
             p.copy_(q)
     return ours
 
@@ -687,7 +731,8 @@ class SeedConvBlock(nn.Module):
     "Seed 000's block: convolve, normalise as one group, activate, twice"
     def __init__(self, i, o, emb):
         super().__init__()
-        self.conv1,self.norm1,self.conv2,self.norm2 = nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(1, o), nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(1, o)
+        self.conv1,self.norm1,self.conv2,self.norm2 = (nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(1, o),
+                                                       nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(1, o))
         self.shift = nn.Linear(emb, o)
     def forward(self, x, e):
         h = F.silu(self.norm1(self.conv1(x) + self.shift(e)[...,None,None]))
@@ -725,7 +770,9 @@ class TinyUNet(nn.Module):
 # %% ../nbs/12_unets.ipynb #e794ad31
 class ComplexConv(nn.Module):
     "Complex convolution of (2B, C, *S), real parts first"
-    def __init__(self, name, *args, **kw): super().__init__(); self.re,self.im = (layer(name, 2)(*args, **kw) for _ in range(2))
+    def __init__(self, name, *args, **kw):
+        super().__init__()
+        self.re,self.im = (layer(name, 2)(*args, **kw) for _ in range(2))
     def forward(self, h):
         (a, b), (c, d) = self.re(h).chunk(2), self.im(h).chunk(2)
         return torch.cat([a - d, b + c])
@@ -750,7 +797,9 @@ def complex_layer(i:int, # channels in
 
 class ComplexResBlock(nn.Module):
     "h + two complex layers"
-    def __init__(self, c): super().__init__(); self.layers = nn.Sequential(complex_layer(c, c), complex_layer(c, c, False))
+    def __init__(self, c):
+        super().__init__()
+        self.layers = nn.Sequential(complex_layer(c, c), complex_layer(c, c, False))
     def forward(self, h): return h + self.layers(h)
 
 # %% ../nbs/12_unets.ipynb #fb53e1e2
@@ -765,10 +814,12 @@ class SeedSpectralUNet(nn.Module):
         super().__init__()
         width = [base*2**i for i in range(depth)]
         self.time,self.mlp = time or partial(waves, dim=128), time_mlp(128, width[-1])
-        self.stem,self.mid,self.head = complex_layer(channels, base), ComplexResBlock(width[-1]), ComplexConv('Conv', base, channels, 3, padding=1)
+        self.stem,self.mid,self.head = (complex_layer(channels, base), ComplexResBlock(width[-1]),
+                                        ComplexConv('Conv', base, channels, 3, padding=1))
         self.down = nn.ModuleList(map(ComplexResBlock, width))
         self.pool = nn.ModuleList(ComplexConv('Conv', i, o, 3, 2, 1) for i, o in zip(width, width[1:]))
-        up = lambda c: nn.ModuleList([ComplexConv('ConvTranspose', 2*c, c, 2, 2), nn.Sequential(complex_layer(2*c, c), ComplexResBlock(c))])
+        up = lambda c: nn.ModuleList([ComplexConv('ConvTranspose', 2*c, c, 2, 2),
+                                      nn.Sequential(complex_layer(2*c, c), ComplexResBlock(c))])
         self.up = nn.ModuleList(map(up, width[-2::-1]))
 
     def forward(self, x, logsnr, cond=None):

@@ -26,8 +26,11 @@ from .data import Batches, check_mask, to_uint8
 def template()->Tensor: # (1, 4, 192, 192, 192): T1, grey, white, fluid, each 0..1
     "The MNI152 template at 1 mm, the brain in the middle of a cube"
     try: from nilearn import datasets
-    except ImportError: raise ImportError("the MNI152 template needs nilearn: pip install 'spectral_diffusion[volumes]'") from None
-    t1, grey, white = (torch.from_numpy(getattr(datasets, f'load_mni152_{o}template')(resolution=1).get_fdata(dtype=np.float32)) for o in ('', 'gm_', 'wm_'))
+    except ImportError:
+        raise ImportError("the MNI152 template needs nilearn: pip install 'spectral_diffusion[volumes]'") from None
+    t1, grey, white = (
+        torch.from_numpy(getattr(datasets, f'load_mni152_{o}template')(resolution=1).get_fdata(dtype=np.float32))
+        for o in ('', 'gm_', 'wm_'))
     brain = t1 > .1
     x = torch.stack([t1, grey, white, (brain.float() - grey - white).clamp(min=0)])
     on = brain.nonzero(); low = (on.amin(0) + on.amax(0) - 191)//2
@@ -91,11 +94,14 @@ def draw_case(
     size, # spatial size
 )->dict: # tensors
     "Everything about one volume that is left to chance"
-    g = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, split, i)).generate_state(1, np.uint64)[0] >> 1))
+    g = torch.Generator().manual_seed(
+        int(np.random.SeedSequence((seed, split, i)).generate_state(1, np.uint64)[0] >> 1))
     z, u = (lambda *s, f=f: f(s, generator=g) for f in (torch.randn, torch.rand))
     k = torch.arange(4.); fall = 1/(1 + k[:,None,None]**2 + k[:,None]**2 + k**2); fall[0,0,0] = 0
-    return dict(turn=.06*z(3), scale=.04*z(3), shift=3*z(3), warp=3*fall*z(3,4,4,4), tissue=.06*z(3), bias=.25*fall*z(1,4,4,4), noise=.01 + .02*u(1),
-                count=torch.multinomial(torch.tensor([.15, .35, .25, .15, .1]), 1, generator=g)[0], which=u(4), large=u(4), axes=.6 + .4*u(4,2), spin=z(4,3,3), bright=1 + .2*u(4), where=u(4,256,3),
+    return dict(turn=.06*z(3), scale=.04*z(3), shift=3*z(3), warp=3*fall*z(3,4,4,4),
+                tissue=.06*z(3), bias=.25*fall*z(1,4,4,4), noise=.01 + .02*u(1),
+                count=torch.multinomial(torch.tensor([.15, .35, .25, .15, .1]), 1, generator=g)[0],
+                which=u(4), large=u(4), axes=.6 + .4*u(4,2), spin=z(4,3,3), bright=1 + .2*u(4), where=u(4,256,3),
                 rician=z(2,*size))
 
 # %% ../nbs/09_volumes.ipynb #fef0b659
@@ -116,7 +122,8 @@ def bend(
     x, y, z = d['turn'].T; o = torch.zeros_like(x)
     spin = torch.stack([o, -z, y, z, o, -x, -y, x, o], 1).view(-1, 3, 3)
     A = torch.linalg.matrix_exp(spin)*d['scale'].exp()[:,None]
-    return torch.einsum('bij,xyzj->bxyzi', A, places(size, mm)) + d['shift'][:,None,None,None] + smooth_field(d['warp'], size).movedim(1, -1)
+    return (torch.einsum('bij,xyzj->bxyzi', A, places(size, mm)) + d['shift'][:,None,None,None]
+            + smooth_field(d['warp'], size).movedim(1, -1))
 
 # %% ../nbs/09_volumes.ipynb #4282a15a
 edges = (0., 3., 6., 10., 15., 20., 30., math.inf) # mm, longest diameter
@@ -146,7 +153,9 @@ def place(
     at = torch.zeros_like(spots[:,:,0])
     for i in range(4):
         ok = (deep[:,i] > size[:,i:i+1]/2) & (size[:,i:i+1] > 0)
-        for j in range(i): ok &= ((spots[:,i] - at[:,j:j+1]).norm(dim=-1) > (size[:,i] + size[:,j])[:,None]/2 + 2*mm) | (size[:,j:j+1] == 0)
+        for j in range(i):
+            ok &= (((spots[:,i] - at[:,j:j+1]).norm(dim=-1) > (size[:,i] + size[:,j])[:,None]/2 + 2*mm)
+                   | (size[:,j:j+1] == 0))
         first = ok.int().argmax(1)
         at[:,i], size[:,i] = spots[:,i].gather(1, first[:,None,None].expand(-1, 1, 3))[:,0], size[:,i]*ok.any(1)
     return at, size
@@ -165,7 +174,8 @@ def ellipsoids(
         for b in size[:,i].nonzero()[:,0]:
             r = size[b,i]/2
             Q = torch.linalg.qr(d['spin'][b,i])[0]/torch.cat([r[None], r*d['axes'][b,i]])
-            box = tuple(slice(max(0, math.floor((c - r)/mm + n/2 - 1)), math.ceil((c + r)/mm + n/2) + 1) for c,n in zip(at[b,i].tolist(), grid))
+            box = tuple(slice(max(0, math.floor((c - r)/mm + n/2 - 1)), math.ceil((c + r)/mm + n/2) + 1)
+                        for c,n in zip(at[b,i].tolist(), grid))
             inside = ((1 - ((p[box] - at[b,i]) @ Q).norm(dim=-1))*r/mm + .5).clamp(0, 1)
             out[0][(b, *box)] += inside; out[1][(b, *box)] += inside*d['bright'][b,i]
     return out[:,:,None]
@@ -197,7 +207,8 @@ def diameters(
     labels, n = ndimage.label(mask.numpy(), np.ones((3,3,3)))
     i = np.arange(256) + .5; z, a = 1 - i/256, i*math.pi*(5**.5 - 1)
     u = torch.from_numpy(np.stack([np.sqrt(1 - z**2)*np.cos(a), np.sqrt(1 - z**2)*np.sin(a), z])).float()
-    spots = [torch.from_numpy(np.argwhere(labels[box] == k + 1)).float()*mm @ u for k,box in enumerate(ndimage.find_objects(labels))]
+    spots = [torch.from_numpy(np.argwhere(labels[box] == k + 1)).float()*mm @ u
+             for k,box in enumerate(ndimage.find_objects(labels))]
     return torch.tensor([(p.amax(0) - p.amin(0)).max().item() + .6*mm for p in spots])
 
 # %% ../nbs/09_volumes.ipynb #ecc71815
@@ -208,7 +219,8 @@ def size_bins(
     "Count lesions by size"
     if not len(mask): return torch.zeros(0, len(edges) - 1, dtype=torch.int64)
     inner = torch.tensor(edges[1:-1])
-    return torch.stack([torch.bucketize(diameters(m, mm), inner, right=True).bincount(minlength=len(edges) - 1) for m in check_mask(mask)[:,0]]).clamp(max=10)
+    return torch.stack([torch.bucketize(diameters(m, mm), inner, right=True).bincount(minlength=len(edges) - 1)
+                        for m in check_mask(mask)[:,0]]).clamp(max=10)
 
 # %% ../nbs/09_volumes.ipynb #30268eeb
 class Cases(NamedTuple):
@@ -226,7 +238,9 @@ class Volumes:
     mm: float # side of a voxel
     @property
     def shape(self): return tuple(self.train.image.shape[1:])
-    def __repr__(self): return f'{self.name}: {len(self.train.image):,} train + {len(self.test.image):,} test volumes, each {self.shape} uint8 at {self.mm:g} mm'
+    def __repr__(self):
+        return (f'{self.name}: {len(self.train.image):,} train + {len(self.test.image):,} test volumes, '
+                f'each {self.shape} uint8 at {self.mm:g} mm')
 
 # %% ../nbs/09_volumes.ipynb #41b21df5
 _recipe = 1 # goes up when the same seed would give other volumes
@@ -240,7 +254,8 @@ def cases(
 )->Cases:
     "Volumes 0 to n-1 of a split"
     step = max(1, 2**20//math.prod(size))
-    parts = [render_cases(default_collate([draw_case(seed, split, i, size) for i in range(k, min(k + step, n))]), size, mm)[:2] for k in progress(range(0, n, step), desc='volumes')]
+    parts = [render_cases(default_collate([draw_case(seed, split, i, size) for i in range(k, min(k + step, n))]),
+                          size, mm)[:2] for k in progress(range(0, n, step), desc='volumes')]
     image, mask = map(torch.cat, zip(*parts))
     return Cases(image, mask, size_bins(mask, mm))
 
@@ -260,11 +275,13 @@ def cohort(
 )->Volumes:
     "Synthetic brains from the MNI152 template"
     size, mm = _grid(size, mm)
-    if min(n_train, n_test) < 1: raise ValueError(f'a cohort needs at least one volume in each part, got {n_train} and {n_test}')
+    if min(n_train, n_test) < 1:
+        raise ValueError(f'a cohort needs at least one volume in each part, got {n_train} and {n_test}')
     name = f"cohort{_recipe}-{'x'.join(map(str, size))}-{mm:g}mm-seed{seed}-{n_train}+{n_test}"
     file = cache and Path(cache)/f'{name}.safetensors'
     if file and file.exists(): x = load_file(file)
-    else: x = {f'{s}_{k}': v for s,n in enumerate((n_train, n_test)) for k,v in cases(n, size, mm, seed, s)._asdict().items()}
+    else: x = {f'{s}_{k}': v for s,n in enumerate((n_train, n_test))
+               for k,v in cases(n, size, mm, seed, s)._asdict().items()}
     if file and not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as tmp: save_file(x, tmp)
@@ -314,7 +331,9 @@ def volume_kid(
     groups:int=8, # of volumes, left out in turn
 )->Score: # n counts volumes
     "KID of slices, or another statistic of two sets of features, with an interval over volumes"
-    if len(f) % n or n < groups: raise ValueError(f'{len(f)} features of {n} volumes in {groups} groups: every volume has as many slices, and a group at least one volume')
+    if len(f) % n or n < groups:
+        raise ValueError(f'{len(f)} features of {n} volumes in {groups} groups: '
+                         'every volume has as many slices, and a group at least one volume')
     own = torch.arange(len(f)) % n % groups; v = stat(f, ref)
     h = float(jackknife(v, [stat(f[own != g], ref) for g in range(groups)])[0])
     return Score(float(v), float(v) - h, float(v) + h, n, name)
@@ -328,16 +347,24 @@ def read_nifti(
 )->Tensor: # (1, *size) float32 in the file's units, RAS; a mask is 0 and 1
     "One volume on the wanted grid"
     try: import nibabel as nib; from nibabel.processing import conform, smooth_image
-    except ImportError: raise ImportError("NIfTI files need nibabel: pip install 'spectral_diffusion[volumes]'") from None
+    except ImportError:
+        raise ImportError("NIfTI files need nibabel: pip install 'spectral_diffusion[volumes]'") from None
     try: im = nib.squeeze_image(nib.load(path)); x = im.get_fdata(dtype=np.float32)
-    except Exception as e: raise ValueError(f'{path} is not a NIfTI file that can be read: remove or repair it ({type(e).__name__})') from None
-    if x.ndim != 3: raise ValueError(f'{path} has shape {x.shape}: a volume has three dims, save one volume per file')
-    if bad := (~np.isfinite(x)).sum(): raise ValueError(f'{path}: {bad:,} of {x.size:,} voxels are NaN or infinite: repair or remove it')
-    if mask and (bad := ((x != 0) & (x != 1)).sum()): raise ValueError(f'{path} is not a binary mask: {bad:,} voxels are neither 0 nor 1')
-    if not mask and x.min() == x.max(): raise ValueError(f'{path} holds the same value, {x.min():g}, everywhere: remove it')
+    except Exception as e:
+        raise ValueError(f'{path} is not a NIfTI file that can be read: '
+                         f'remove or repair it ({type(e).__name__})') from None
+    if x.ndim != 3:
+        raise ValueError(f'{path} has shape {x.shape}: a volume has three dims, save one volume per file')
+    if bad := (~np.isfinite(x)).sum():
+        raise ValueError(f'{path}: {bad:,} of {x.size:,} voxels are NaN or infinite: repair or remove it')
+    if mask and (bad := ((x != 0) & (x != 1)).sum()):
+        raise ValueError(f'{path} is not a binary mask: {bad:,} voxels are neither 0 nor 1')
+    if not mask and x.min() == x.max():
+        raise ValueError(f'{path} holds the same value, {x.min():g}, everywhere: remove it')
     im = nib.Nifti1Image(x, im.affine)
     wide = np.maximum(mm**2 - np.square(im.header.get_zooms()), 0)**.5
-    y = conform(smooth_image(im, wide, mode='nearest'), size, (mm,)*3, order=1, cval=float(x.min())).get_fdata(dtype=np.float32)
+    y = conform(smooth_image(im, wide, mode='nearest'), size, (mm,)*3,
+                order=1, cval=float(x.min())).get_fdata(dtype=np.float32)
     return torch.from_numpy((y > .5).astype(np.float32) if mask else y)[None]
 
 # %% ../nbs/09_volumes.ipynb #93dbbc67
@@ -354,11 +381,17 @@ def nifti_pairs(
 )->list: # (image file, mask file or None), in the order of their names
     "The volumes in a folder and their masks"
     if not (path := Path(path)).is_dir(): raise FileNotFoundError(f'no folder {path}')
-    files = {str(f).removesuffix('.gz').removesuffix('.nii'): f for f in sorted(path.rglob('*')) if f.name.endswith(('.nii', '.nii.gz'))}
+    files = {str(f).removesuffix('.gz').removesuffix('.nii'): f
+             for f in sorted(path.rglob('*')) if f.name.endswith(('.nii', '.nii.gz'))}
     masks = {k.removesuffix('_mask'): files.pop(k) for k in [*files] if k.endswith('_mask')}
-    if len(files) < 2: raise ValueError(f'{path} holds {len(files)} volumes (.nii or .nii.gz), at least two are needed (one to train, one to test)')
-    if lost := masks.keys() - files.keys(): raise ValueError(f'{masks[min(lost)]} is a mask without an image beside it')
-    if masks and (lost := files.keys() - masks.keys()): raise ValueError(f'{files[min(lost)]} has no mask, though others have one: write an empty mask if it is healthy')
+    if len(files) < 2:
+        raise ValueError(f'{path} holds {len(files)} volumes (.nii or .nii.gz), '
+                         'at least two are needed (one to train, one to test)')
+    if lost := masks.keys() - files.keys():
+        raise ValueError(f'{masks[min(lost)]} is a mask without an image beside it')
+    if masks and (lost := files.keys() - masks.keys()):
+        raise ValueError(f'{files[min(lost)]} has no mask, though others have one: '
+                         'write an empty mask if it is healthy')
     return [(f, masks.get(k)) for k,f in files.items()]
 
 # %% ../nbs/09_volumes.ipynb #b8c8614b
@@ -374,7 +407,9 @@ def read_pair(
     m = read_nifti(mask, size, mm, mask=True).byte()
     import nibabel as nib
     a, b = map(nib.load, (image, mask))
-    if a.shape[:3] != b.shape[:3] or not np.allclose(a.affine, b.affine, atol=1e-2): raise ValueError(f'{mask} lies on another grid than its image: shape {b.shape} against {a.shape}, or another affine; resample it')
+    if a.shape[:3] != b.shape[:3] or not np.allclose(a.affine, b.affine, atol=1e-2):
+        raise ValueError(f'{mask} lies on another grid than its image: shape {b.shape} against {a.shape}, '
+                         'or another affine; resample it')
     return x, m
 
 # %% ../nbs/09_volumes.ipynb #9579bbae
