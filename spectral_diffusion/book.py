@@ -198,7 +198,7 @@ def facts(folder # reports/results/NAME
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
     nb = nbformat.read(folder/'report.ipynb', 4)
     key = key_figures.get(folder.name) or next((s for s in saved(nb) if (folder/'figures'/f'{s}.png').exists()), None)
-    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'metrics.json').absolute())],
+    date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'system.json').absolute())],
                           cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb, number_of(folder/'report.ipynb'))
     return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed',

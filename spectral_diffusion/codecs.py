@@ -151,11 +151,11 @@ def set_stats(self:Codec, mean, # per channel, or one for all
               bound:str=None # digest of the weights that they belong to; None: the present ones
              ) -> Codec:
     "Shift and scale of the latent's channels"
-    for k, v in (('mean', mean), ('std', std)):
-        self.register_buffer(f'{k}_{of}', torch.as_tensor(v, dtype=torch.float32).flatten().clone())
-    if not (getattr(self, f'std_{of}') > 0).all():
-        raise ValueError(f"channels {(getattr(self, f'std_{of}') <= 0).nonzero().flatten().tolist()} "
-                         f"of the latents of '{of}' never change: leave them out, or fit on more fields")
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten().clone() for v in (mean, std))
+    if not (std > 0).all():
+        raise ValueError(f"channels {(~(std > 0)).nonzero().flatten().tolist()} of the latents of '{of}' never change, "
+                         "or are no numbers: leave them out, or fit on more fields")
+    for k, v in (('mean', mean), ('std', std)): self.register_buffer(f'{k}_{of}', v)
     self.bound[of] = bound or digest(self)
     return self
 
@@ -167,6 +167,7 @@ def fit(self:Codec, x:Tensor, # fields, (N, C, *S)
         batch:int=64 # fields at a time
        ) -> Codec:
     "Measure mean and total standard deviation of each channel"
+    if not len(x): raise ValueError(f"there are no fields of '{of}' to fit on: pass x of shape (N, C, *S) with N > 0")
     n, s, q = 0, 0., 0.
     for b in x.split(batch):
         z = self.analyse(b).double().transpose(0, 1).flatten(1)

@@ -400,7 +400,8 @@ class Project(nn.Module):
     ):
         super().__init__()
         self.mixer,self.out = mixer,Pointwise(channels, channels)
-    def forward(self, x, **kw): return self.out(self.mixer(x, **kw), reuse=isinstance(self.mixer, Mixer))   # a `Mixer` answers with new memory
+    def forward(self, x, **kw):
+        return self.out(self.mixer(x, **kw), reuse=isinstance(self.mixer, Mixer))   # a `Mixer` answers with new memory
 
 # %% ../nbs/11_mixing.ipynb #2faa8f2f
 class Block(nn.Module):

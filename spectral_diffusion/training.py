@@ -370,7 +370,8 @@ class Log:
             loss = self.curve(self.every).mean().item()
             tell(self.run, 'train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(),
                  items_per_s=s.items/(time.time()-s.t0))
-    def curve(self, last:int=0): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()     # of so many last steps; 0: all
+    def curve(self, last:int=0 # of so many last steps; 0: all
+             ): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
     def load_state_dict(self, state): self.losses = [*state['losses']]
 

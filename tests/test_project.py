@@ -1,5 +1,5 @@
 "The book's order, notebooks and modules in step, and nothing in them that belongs to one machine."
-import ast, json, re, subprocess
+import ast, io, json, re, subprocess, tokenize
 from pathlib import Path
 import pytest, yaml
 
@@ -44,6 +44,21 @@ def test_in_step(module):
         if not re.match(r'#\|\s*export', c): continue
         body = squeeze(c)
         assert body in text, f'run nbdev_export: {c[:80]!r}'
+
+def wide(source, most=120):
+    "Lines that a page of the site cuts off; a docstring, or a comment behind a parameter, stays one line"
+    code = '\n'.join('' if re.match(r'\s*(#\||%|!)', l) else l for l in source.split('\n'))
+    texts = {n for q in ast.walk(ast.parse(code)) if isinstance(q, ast.Expr) and isinstance(q.value, ast.Constant) for n in range(q.lineno, q.end_lineno + 1)}
+    notes = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT}
+    return [l for n, l in enumerate(code.split('\n'), 1) if n not in texts and (len(l[:notes.get(n)].rstrip()) > most or len(l) > most + 50)]
+
+@pytest.mark.parametrize('nb', sorted((root/'nbs').glob('*.ipynb')), ids=lambda nb: nb.stem)
+def test_code_fits_the_page(nb): assert not [l for c in cells(nb) for l in wide(c)]
+
+def test_width_guard_fires():
+    long = 'x = ' + ' + '.join(['1']*40)
+    assert wide(long) == [long] and wide(f'def f():\n    {long}') and wide('y = 1 # ' + 'a'*170)
+    assert not wide(f'def f(a # {"a"*100}\n      ): return a') and not wide(f'def f():\n    "{"a"*130}"')
 
 def test_notebooks_are_clean():
     "No tracebacks, no execution counts, no path of somebody's machine"
