@@ -55,6 +55,16 @@ def test_flow(net):
     b = sample_ddim(D, x, s.timesteps.double()/1000).x                    # DDIM on a flow is Euler's method
     assert (theirs(net, s, x) - b).abs().max() < 1e-3*b.std()
 
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+def test_edm(net, kind):
+    "EDM's preconditioning: their Euler steps over sigma are ours"
+    s = scheduler('EDMEulerScheduler', prediction_type=kind); s.set_timesteps(15)
+    D, x, sigmas = from_diffusers(net, s), 80*torch.randn(2, 1, 8, 8, generator=gen()), s.sigmas[:-1].double()
+    b, y = sample_ddim(D, x, D.schedule.t_of(-2*sigmas.log())).x, x
+    with torch.no_grad():
+        for i in s.timesteps: y = s.step(net(s.scale_model_input(y, i), i).sample, i, y).prev_sample
+    assert (y - b).abs().max() < 1e-3*b.std() and D.target == 'F'
+
 @pytest.mark.parametrize('sch', [ddpm_linear(), cosine(), table(zero_terminal((1 - torch.linspace(1e-4, .02, 1000, dtype=torch.float64)).cumprod(0)))], ids=['table', 'continuous', 'zero SNR'])
 def test_oracle_in_their_scheduler(sch):
     "A closed form behind their DDIM: the same as behind ours, and the variance is the data's"
@@ -89,7 +99,7 @@ def test_there_and_back(net):
     for t in (.1, .5, .9): assert torch.allclose(from_diffusers(ForDiffusers(D), s)(x, t), D(x, t), atol=1e-4)
 
 def test_refusals():
-    with pytest.raises(ValueError, match='neither a table'): schedule_of(scheduler('EDMEulerScheduler'))
+    with pytest.raises(ValueError, match='no table'): schedule_of(scheduler('ScoreSdeVeScheduler'))
     for bad in (edm(), coloured(cosine(), power_law((8,), 1.))):
         with pytest.raises(ValueError, match='variance preserving'): ForDiffusers(Gaussian(bad, 1.))
     with pytest.raises(ValueError, match='outside'): wrap(lambda x, i: x, cosine())(torch.randn(1, 2), 0.)
