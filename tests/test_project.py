@@ -52,7 +52,7 @@ def wide(source, most=120):
     notes = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT}
     return [l for n, l in enumerate(code.split('\n'), 1) if n not in texts and (len(l[:notes.get(n)].rstrip()) > most or len(l) > most + 50)]
 
-@pytest.mark.parametrize('nb', sorted((root/'nbs').glob('*.ipynb')), ids=lambda nb: nb.stem)
+@pytest.mark.parametrize('nb', sorted([*(root/'nbs').glob('*.ipynb'), *(root/'reports').glob('*.ipynb')]), ids=lambda nb: f'{nb.parent.name}-{nb.stem}')
 def test_code_fits_the_page(nb): assert not [l for c in cells(nb) for l in wide(c)]
 
 def test_width_guard_fires():
