@@ -3,4 +3,5 @@ import os, sys
 from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1'
 os.environ.setdefault('IN_TEST', '1')
-os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])   # this environment's commands, activated or not
+# this environment's commands, activated or not
+os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])

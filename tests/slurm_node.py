@@ -1,5 +1,5 @@
-"A real Slurm of one node in a temporary folder: Debian's slurm-wlm and munge, no systemd. `with node(folder)` starts it, sets SLURM_CONF, and stops it by its pids."
-import grp, os, platform, pwd, shutil, signal, subprocess, tempfile, time
+"A real Slurm of one node in a temporary folder: Debian's slurm-wlm and munge, no systemd. `with node()` starts it, sets SLURM_CONF, and stops it by its pids."
+import os, platform, shutil, signal, subprocess, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,8 @@ def missing(install=False):
     env = {**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'}
     for c in (['apt-get', 'update', '-q'], ['apt-get', 'install', '-qy', '--no-install-recommends', *packages]):
         r = subprocess.run(c, env=env, capture_output=True, text=True, timeout=240)
-    return '' if all(map(shutil.which, programs)) else f'apt-get could not install {packages}: {r.stderr.strip()[-300:]}'
+    return ('' if all(map(shutil.which, programs))
+            else f'apt-get could not install {packages}: {r.stderr.strip()[-300:]}')
 
 def wait_for(test, what, timeout=30):
     "Until `test()` is true"
@@ -57,7 +58,8 @@ def _pid(file):
 
 def _alive(pid): return Path(f'/proc/{pid}/stat').exists() and Path(f'/proc/{pid}/stat').read_text().split()[2]!='Z'
 
-def _jobs(): return subprocess.run(['squeue', '-h', '-o', '%i'], capture_output=True, text=True, timeout=30).stdout.split()
+def _jobs():
+    return subprocess.run(['squeue', '-h', '-o', '%i'], capture_output=True, text=True, timeout=30).stdout.split()
 
 def stop(folder):
     "End the jobs, then the daemons, munge last"
@@ -77,17 +79,20 @@ def _up(): return 'idle' in subprocess.run(['sinfo', '-h', '-o', '%t'], capture_
 @contextmanager
 def node(cpus=2):
     "A running Slurm; yields its folder (configuration, logs, state)"
-    folder, old = Path(tempfile.mkdtemp(prefix='slurm-', dir='/tmp')), os.environ.get('SLURM_CONF')      # a socket's path has to be short
+    # a socket's path has to be short
+    folder, old = Path(tempfile.mkdtemp(prefix='slurm-', dir='/tmp')), os.environ.get('SLURM_CONF')
     folder.chmod(0o755)
     port = 20_000 + os.getpid() % 20_000
-    (folder/'slurm.conf').write_text(conf.format(folder=folder, host=platform.node().split('.')[0], cpus=cpus, port=port, port1=port+1))
+    (folder/'slurm.conf').write_text(conf.format(folder=folder, host=platform.node().split('.')[0], cpus=cpus,
+                                                 port=port, port1=port+1))
     os.environ['SLURM_CONF'] = str(folder/'slurm.conf')
     sh = lambda *c: subprocess.run([*map(str, c)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     gone_well = False
     try:
         for d in ('state', 'spool'): (folder/d).mkdir()
         sh('mungekey', '-c', '-k', folder/'key')
-        files = {'socket': 'munge.socket', 'log-file': 'munged.log', 'pid-file': 'munged.pid', 'seed-file': 'seed', 'key-file': 'key'}
+        files = {'socket': 'munge.socket', 'log-file': 'munged.log', 'pid-file': 'munged.pid',
+                 'seed-file': 'seed', 'key-file': 'key'}
         sh('munged', *[f'--{o}={folder/f}' for o,f in files.items()])
         sh('slurmctld'); sh('slurmd')
         wait_for(_up, f'an idle node (logs in {folder})')

@@ -11,11 +11,16 @@ fork.set_forkserver_preload(['spectral_diffusion.checkpoints'])
 def state_of(step, n=200_000):
     "About 1 MB that depends on the step in every value: one tensor is cut, the others share shards"
     g = torch.Generator().manual_seed(step)
-    return dict(model=dict(big=torch.randn(n, generator=g), small=[torch.randn(500, generator=g) for _ in range(40)]), opt={0: dict(step=torch.tensor(float(step)))}, rng=g.get_state(), step=step)
+    return dict(model=dict(big=torch.randn(n, generator=g),
+                           small=[torch.randn(500, generator=g) for _ in range(40)]),
+                opt={0: dict(step=torch.tensor(float(step)))}, rng=g.get_state(), step=step)
 
 def same(a, b):
     if type(a) != type(b): return False
-    if torch.is_tensor(a): return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    if torch.is_tensor(a):
+        return (a.dtype == b.dtype and a.shape == b.shape
+                and torch.equal(a.contiguous().reshape(-1).view(torch.uint8),
+                                b.contiguous().reshape(-1).view(torch.uint8)))
     if isinstance(a, dict): return [*map(repr, a)] == [*map(repr, b)] and all(same(a[k], b[k]) for k in a)
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else repr(a) == repr(b)
 
@@ -112,7 +117,9 @@ def test_file_size_limit(tmp_path):
 def small_disk(tmp_path):
     "A disk of 3 MiB"
     disk = tmp_path/'disk'; disk.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk], capture_output=True).returncode: pytest.skip('only root can mount a disk')
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', disk],
+                                      capture_output=True).returncode:
+        pytest.skip('only root can mount a disk')
     try: yield disk
     finally: subprocess.run(['umount', '-l', disk], check=True)
 
@@ -123,10 +130,13 @@ def test_full_disk(small_disk):
     store.save(1, state_of(1))
     with pytest.raises(OSError, match='1 checkpoint needs') as e: store.save(2, state_of(2, 10**6))
     assert e.value.errno == errno.ENOSPC
-    with mock.patch.object(Store, 'preflight'), pytest.raises(OSError, match='saving step 2 .* No space left on device') as e: store.save(2, state_of(2, 10**6))
+    with (mock.patch.object(Store, 'preflight'),
+          pytest.raises(OSError, match='saving step 2 .* No space left on device') as e):
+        store.save(2, state_of(2, 10**6))
     assert e.value.errno == errno.ENOSPC and not debris(store) and same(store.load().state, state_of(1))
     (small_disk/'other').write_bytes(bytes(shutil.disk_usage(small_disk).free - 70_000))
-    with mock.patch.object(Store, 'preflight'), pytest.raises(OSError, match='No space left'): store.save(2, state_of(2))
+    with mock.patch.object(Store, 'preflight'), pytest.raises(OSError, match='No space left'):
+        store.save(2, state_of(2))
     (small_disk/'other').unlink()
     with mock.patch.object(Store, 'preflight'): store.save(2, state_of(2))
     assert store.steps() == [2] and same(store.load().state, state_of(2))
@@ -136,7 +146,8 @@ def test_read_only_disk(small_disk):
     store = Store(small_disk/'ck')
     store.save(1, dict(a=torch.ones(3)))
     subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
-    with mock.patch.object(Store, 'preflight'), pytest.raises(OSError, match='saving step 2 .*Read-only') as e: store.save(2, dict(a=torch.ones(3)))
+    with mock.patch.object(Store, 'preflight'), pytest.raises(OSError, match='saving step 2 .*Read-only') as e:
+        store.save(2, dict(a=torch.ones(3)))
     assert e.value.errno == errno.EROFS and '\n' not in str(e.value)
     assert same(store.load().state, dict(a=torch.ones(3)))
     with pytest.raises(OSError, match='cannot write'): Store(small_disk/'ck')
@@ -152,13 +163,19 @@ def test_two_writers(tmp_path):
             assert same((o := store.load()).state, state_of(o.step))
     assert busy > 0
 
-dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128]
-tensor = st.builds(lambda d, shape, seed: torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(seed)).to(d), st.sampled_from(dtypes), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 99))
+dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool,
+          torch.complex64, torch.complex128]
+tensor = st.builds(
+    lambda d, shape, seed: torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(seed)).to(d),
+    st.sampled_from(dtypes), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 99))
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | tensor
-key = st.text(max_size=3) | st.integers(-3, 3) | st.booleans() | st.sampled_from(['$tensor', '$dict', '__metadata__', 'a:0', 'a.b', 'state'])
-tree = st.recursive(leaf, lambda s: st.lists(s, max_size=4) | st.lists(s, max_size=3).map(tuple) | st.dictionaries(key, s, max_size=4), max_leaves=12)
+key = (st.text(max_size=3) | st.integers(-3, 3) | st.booleans()
+       | st.sampled_from(['$tensor', '$dict', '__metadata__', 'a:0', 'a.b', 'state']))
+tree = st.recursive(leaf, lambda s: (st.lists(s, max_size=4) | st.lists(s, max_size=3).map(tuple)
+                                     | st.dictionaries(key, s, max_size=4)), max_leaves=12)
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(tree, st.sampled_from([1, 7, 64, 2**20]))
 def test_round_trip(tmp_path, state, shard):
     "Any tree of tensors and values, in shards of any size, comes back bit for bit"
@@ -173,9 +190,11 @@ def test_bits_of_everything(tmp_path):
     fell = 0
     for _ in range(400):
         p = rng.choice(sorted(tmp_path.glob('000002-*')))
-        good = p.read_bytes(); bad = bytearray(good); bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8); p.write_bytes(bad)
+        good = p.read_bytes(); bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8); p.write_bytes(bad)
         with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); o = store.load()
-        assert same(o.state, dict(w=torch.arange(300.)*o.step, n=o.step)) and (o.step == 2 or len(w) == 1 and p.name in str(w[0].message))
+        assert (same(o.state, dict(w=torch.arange(300.)*o.step, n=o.step))
+                and (o.step == 2 or len(w) == 1 and p.name in str(w[0].message)))
         fell += o.step == 1
         p.write_bytes(good)
     assert fell > 300 and store.load().step == 2

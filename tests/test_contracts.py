@@ -9,16 +9,19 @@ from spectral_diffusion.schedules import *
 
 settings.register_profile('book', max_examples=25, deadline=None); settings.load_profile('book')
 sizes = st.lists(st.integers(2, 9), min_size=1, max_size=3).map(tuple)
-clocks = dict(linear=linear, cosine=cosine, sigmoid=sigmoid, edm=edm, flow=flow, ddpm_linear=ddpm_linear, ddpm_cosine=ddpm_cosine)
+clocks = dict(linear=linear, cosine=cosine, sigmoid=sigmoid, edm=edm, flow=flow,
+              ddpm_linear=ddpm_linear, ddpm_cosine=ddpm_cosine)
 times = st.floats(.01, .99)
 def field(size, seed, n=2, c=2): return torch.randn(n, c, *size, generator=torch.Generator().manual_seed(seed))
-def spectral(sch, kind, size): return dict(white=lambda: sch, coloured=lambda: coloured(sch, power_law(size, 1.)), blurred=lambda: blurred(sch, size, .5))[kind]()
+def spectral(sch, kind, size):
+    return dict(white=lambda: sch, coloured=lambda: coloured(sch, power_law(size, 1.)),
+                blurred=lambda: blurred(sch, size, .5))[kind]()
 
 @given(sizes, st.integers(0, 99))
 def test_transforms(size, seed):
     x = field(size, seed)
     assert torch.allclose(hartley(hartley(x)), x, atol=1e-5) and torch.allclose(irfftn(rfftn(x), size), x, atol=1e-5)
-    f, p = rapsd(x); n = bands(size).flatten().bincount()
+    _, p = rapsd(x); n = bands(size).flatten().bincount()
     assert torch.allclose((p*n).sum()/n.sum(), x.square().mean(), rtol=1e-4)
 
 @given(st.integers(0, 999))
@@ -50,8 +53,11 @@ def test_samplers_ask_inside_and_return_a_point(name, sampler, n, size, seed):
     sch, point, asked = clocks[name](), field(size, seed, 1), []
     class Spy:
         schedule = sch
-        def __call__(self, x, t, cond=None): asked.append(float(torch.as_tensor(t).max())); return Mixture(sch, point)(x, t)
-    r = samplers[sampler](Spy(), sch.prior((3, 2, *size), torch.Generator().manual_seed(seed)), grid_edm(sch, n), generator=torch.Generator().manual_seed(seed))
+        def __call__(self, x, t, cond=None):
+            asked.append(float(torch.as_tensor(t).max()))
+            return Mixture(sch, point)(x, t)
+    r = samplers[sampler](Spy(), sch.prior((3, 2, *size), torch.Generator().manual_seed(seed)), grid_edm(sch, n),
+                          generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(r.x, point.expand_as(r.x), atol=1e-3)
     assert r.nfe == len(asked) and 0 < min(asked) and max(asked) <= 1
 

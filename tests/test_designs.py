@@ -6,9 +6,11 @@ from spectral_diffusion.designs import *
 
 rng = np.random.default_rng
 named = lambda lv: {f'f{i}': tuple(range(l)) for i, l in enumerate(lv)}
-strict = lambda x: all(np.ptp(np.eye(a.max()+1)[a].T@np.eye(b.max()+1)[b]) == 0 for a, b in itertools.combinations(x.T, 2))
+strict = lambda x: all(np.ptp(np.eye(a.max()+1)[a].T@np.eye(b.max()+1)[b]) == 0
+                       for a, b in itertools.combinations(x.T, 2))
 
-@pytest.mark.parametrize('x', [*arrays.values(), paley_array(7), paley_array(19), linear_array(5, 2), linear_array(2, 5)])
+@pytest.mark.parametrize('x', [*arrays.values(), paley_array(7), paley_array(19),
+                               linear_array(5, 2), linear_array(2, 5)])
 def test_pairs_of_levels_occur_equally_often(x):
     assert strict(x) and all(np.ptp(np.bincount(c)) == 0 for c in x.T)
     check_orthogonal(x)
@@ -29,7 +31,8 @@ def test_smallest_array_that_fits(n3):
     for n2 in range(not n3, 17, 3):
         lv = rng(n2).permutation([2]*n2 + [3]*n3).tolist(); d = or_none(lambda: design(named(lv)))
         room = [a for a, x in arrays.items() if (x.max(0) == 2).sum() >= n3 and x.shape[1] >= n2 + n3]
-        sizes = [len(e) for a in [*room, *['full']*int(np.prod(lv) <= 27)] if (e := or_none(lambda: design(named(lv), a)))]
+        sizes = [len(e) for a in [*room, *['full']*int(np.prod(lv) <= 27)]
+                 if (e := or_none(lambda: design(named(lv), a)))]
         assert (d is None) == (not sizes) and (d is not None or not room or n2 > n3 + 4)
         if d is None: continue
         assert len(d) == min(sizes) and (d.x.max(0) + 1 == lv).all() and len({tuple(c) for c in d.x.T}) == len(lv)
@@ -38,17 +41,21 @@ def test_smallest_array_that_fits(n3):
 def test_a_two_level_factor_doubles_its_first_choice_in_a_wide_column():
     d = design(dict(ema=('on', 'off'), lr=(1, 2, 3), target=(1, 2, 3)))
     assert d.array == 'L9' and [r['ema'] for r in d].count('on') == 6
-    assert all(sum(r['ema'] == e and r[k] == l for r in d) == (2 if e == 'on' else 1) for e in ('on', 'off') for k in ('lr', 'target') for l in (1, 2, 3))
+    assert all(sum(r['ema'] == e and r[k] == l for r in d) == (2 if e == 'on' else 1)
+               for e in ('on', 'off') for k in ('lr', 'target') for l in (1, 2, 3))
 
 def test_no_combination_is_run_twice():
     "The same recipe with the same seed is the same number, not a second measurement"
-    with pytest.raises(ValueError, match='twice'): design(named([2]*4), 'L12') # the projection of L12 on four columns repeats a row
+    # the projection of L12 on four columns repeats a row
+    with pytest.raises(ValueError, match='twice'): design(named([2]*4), 'L12')
     with pytest.raises(ValueError, match='twice'): design(named([2, 3]), 'L9')
-    with pytest.raises(ValueError, match='twice'): Design('mine', named([2, 2]), np.array([[0, 0], [0, 1], [1, 0], [1, 1]]*2))
+    with pytest.raises(ValueError, match='twice'):
+        Design('mine', named([2, 2]), np.array([[0, 0], [0, 1], [1, 0], [1, 1]]*2))
     assert design(named([2, 3])).array == 'full' and len(design(named([2, 3]))) == 6
 
 def test_chosen_columns_keep_main_effects_clear():
-    for lv, a in [([2]*4, 'L8'), ([2]*8, 'L16'), ([3]*4, 'L27'), ([2, 3, 2], 'full')]: assert aliases(design(named(lv), a)) == []
+    for lv, a in [([2]*4, 'L8'), ([2]*8, 'L16'), ([3]*4, 'L27'), ([2, 3, 2], 'full')]:
+        assert aliases(design(named(lv), a)) == []
     assert len(aliases(design(named([2]*3)))) == 3 and len(aliases(design(named([3]*4)))) == 12
 
 def test_share_that_an_interaction_mimics_is_r_squared():
@@ -64,21 +71,28 @@ def regression(X, y):
     return (e**2).sum(), len(y) - np.linalg.matrix_rank(X)
 
 @pytest.mark.parametrize('paired', [False, True])
-@pytest.mark.parametrize('lv,array', [([2, 2, 2], 'L8'), ([3, 2, 3], 'L9'), ([2]*6, 'L12'), ([2, 3, 2, 3, 3], 'L18'), ([3, 2, 3, 3, 3], 'L27')])
+@pytest.mark.parametrize('lv,array', [([2, 2, 2], 'L8'), ([3, 2, 3], 'L9'), ([2]*6, 'L12'),
+                                      ([2, 3, 2, 3, 3], 'L18'), ([3, 2, 3, 3, 3], 'L27')])
 def test_sums_of_squares_are_those_of_regression(lv, array, paired):
     d, R = design(named(lv), array), 3; y = rng(0).normal(size=(len(d), R)) + d.x.sum(1)[:,None]
     s = analyse(d, y, paired); one = np.ones((len(d)*R, 1)); seeds = np.tile(np.eye(R), (len(d), 1)) if paired else one
     cols = {f: np.repeat(contrasts(c), R, 0) for f, c in zip(d.factors, d.x.T)}
     rss, dfe = regression(np.hstack([seeds, *cols.values()]), y.ravel())
     assert np.isclose(rss, s.s2*s.dfe) and dfe == s.dfe
-    for f in cols: assert np.isclose(regression(np.hstack([seeds, *(c for g, c in cols.items() if g != f)]), y.ravel())[0] - rss, s.ss[f])
+    for f in cols:
+        assert np.isclose(regression(np.hstack([seeds, *(c for g, c in cols.items() if g != f)]),
+                                     y.ravel())[0] - rss, s.ss[f])
     full, dff = regression(np.hstack([seeds, np.repeat(np.eye(len(d)), R, 0)]), y.ravel())
-    assert np.isclose(full, s.ss['replicates']) and dff == s.df['replicates'] and np.isclose(sum(s.ss.values()), s.total)
+    assert (np.isclose(full, s.ss['replicates']) and dff == s.df['replicates']
+            and np.isclose(sum(s.ss.values()), s.total))
     rows = {r.source: r for r in anova(s)}
-    assert np.isclose(sum(r.ss for k, r in rows.items() if k not in ('error', 'total')), s.total) and sum(r.df for k, r in rows.items() if k not in ('error', 'total')) == s.N - 1
-    assert np.isclose(rows['error'].contribution, 100*s.s2*(s.N-1)/s.total) and np.isclose(sum(r.contribution for r in rows.values() if r.contribution is not None), 200)
+    assert (np.isclose(sum(r.ss for k, r in rows.items() if k not in ('error', 'total')), s.total)
+            and sum(r.df for k, r in rows.items() if k not in ('error', 'total')) == s.N - 1)
+    assert (np.isclose(rows['error'].contribution, 100*s.s2*(s.N-1)/s.total)
+            and np.isclose(sum(r.contribution for r in rows.values() if r.contribution is not None), 200))
 
-@pytest.mark.parametrize('paired,same,lo,hi', [(False, False, .945, .955), (True, True, .945, .955), (True, False, 0, .7)])
+@pytest.mark.parametrize('paired,same,lo,hi', [(False, False, .945, .955), (True, True, .945, .955),
+                                               (True, False, 0, .7)])
 def test_prediction_of_a_setting_fixed_in_advance(paired, same, lo, hi):
     "With paired data the interval is for the same seeds; on other seeds it is far too narrow, as the argument's comment says"
     d, n = design(named([2, 2, 3, 3]), 'L18'), 40_000; seed = 2*rng(1).normal(size=(n, 1, 3))*paired
@@ -90,11 +104,16 @@ def test_prediction_of_a_setting_fixed_in_advance(paired, same, lo, hi):
 def test_lost_run_and_unread_things_are_one_line_errors():
     d = design(dict(lr=(1, 2, 3), ema=(0, 1), data=(1, 2, 3))); y = rng(0).normal(size=(9, 2))
     f = lambda lr, data, seed: 0.
-    bad = [(lambda: measure(d, f, [0]), TypeError, "no argument 'ema'"), (lambda: measure(d, lambda lr, ema, data: 0., [0]), TypeError, "no argument 'seed'"),
-           (lambda: analyse(d, y[1:]), ValueError, '8 rows'), (lambda: analyse(d, y, error='none'), ValueError, "'pooled' or 'replicate'"),
-           (lambda: analyse(d, np.ones((9, 3))), ValueError, 'no factor reaches it'), (lambda: analyse(d, np.arange(9.)[:,None] + np.zeros(2)), ValueError, 'the seed does not reach'),
-           (lambda: Design('L9', d.factors, d.x[:-1]), ValueError, 'not orthogonal'), (lambda: design({}), ValueError, 'at least one factor'),
-           (lambda: predict(analyse(d, y), dict(lr=1, ema=0, data=1, beta=2)), ValueError, "'beta'"), (lambda: best(analyse(d, y), 'least'), ValueError, "'min' or 'max'")]
+    bad = [(lambda: measure(d, f, [0]), TypeError, "no argument 'ema'"),
+           (lambda: measure(d, lambda lr, ema, data: 0., [0]), TypeError, "no argument 'seed'"),
+           (lambda: analyse(d, y[1:]), ValueError, '8 rows'),
+           (lambda: analyse(d, y, error='none'), ValueError, "'pooled' or 'replicate'"),
+           (lambda: analyse(d, np.ones((9, 3))), ValueError, 'no factor reaches it'),
+           (lambda: analyse(d, np.arange(9.)[:,None] + np.zeros(2)), ValueError, 'the seed does not reach'),
+           (lambda: Design('L9', d.factors, d.x[:-1]), ValueError, 'not orthogonal'),
+           (lambda: design({}), ValueError, 'at least one factor'),
+           (lambda: predict(analyse(d, y), dict(lr=1, ema=0, data=1, beta=2)), ValueError, "'beta'"),
+           (lambda: best(analyse(d, y), 'least'), ValueError, "'min' or 'max'")]
     for call, err, match in bad:
         with pytest.raises(err, match=match) as e: call()
         assert '\n' not in str(e.value)

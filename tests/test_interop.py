@@ -2,13 +2,14 @@
 import os
 from importlib.util import find_spec
 import pytest, torch
-from spectral_diffusion.denoisers import Denoiser, Gaussian
+from spectral_diffusion.denoisers import Gaussian
 from spectral_diffusion.interop import *
-from spectral_diffusion.samplers import sample_ddim, sample_dpmpp2m
-from spectral_diffusion.schedules import cosine, coloured, ddpm_cosine, ddpm_linear, edm, flow, linear, table, zero_terminal
+from spectral_diffusion.samplers import sample_ddim
+from spectral_diffusion.schedules import cosine, coloured, ddpm_linear, edm, flow, linear, table, zero_terminal
 from spectral_diffusion.fourier import power_law
 
-pytestmark = pytest.mark.skipif(not find_spec('diffusers') and os.environ.get('SDIFF_PEERS') != 'required', reason='no diffusers: install the extra `peers`')
+pytestmark = pytest.mark.skipif(not find_spec('diffusers') and os.environ.get('SDIFF_PEERS') != 'required',
+                                reason='no diffusers: install the extra `peers`')
 torch.set_num_threads(1)
 gen = lambda s=0: torch.Generator().manual_seed(s)
 
@@ -16,7 +17,8 @@ gen = lambda s=0: torch.Generator().manual_seed(s)
 def net():
     from diffusers import UNet2DModel
     torch.manual_seed(0)
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,16), layers_per_block=1, norm_num_groups=4,
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,16),
+                       layers_per_block=1, norm_num_groups=4,
                        down_block_types=('DownBlock2D',)*2, up_block_types=('UpBlock2D',)*2).eval()
 
 def scheduler(name, **kw): import diffusers; return getattr(diffusers, name)(**kw)
@@ -26,18 +28,24 @@ def theirs(net, s, x, **kw):
     for i in s.timesteps: x = s.step(net(x, i).sample, i, x, **kw).prev_sample
     return x
 
-@pytest.mark.parametrize('spacing', ['leading', 'trailing'])       # on 'linspace' their DDIM steps by K//n, which is not the distance of its times
+# on 'linspace' their DDIM steps by K//n, which is not the distance of its times
+@pytest.mark.parametrize('spacing', ['leading', 'trailing'])
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
 @pytest.mark.parametrize('betas', ['linear', 'scaled_linear', 'squaredcos_cap_v2'])
 def test_ddim(net, kind, spacing, betas):
     "Their DDIM and ours end in the same pictures, for every target, spacing and table"
-    s = scheduler('DDIMScheduler', clip_sample=False, prediction_type=kind, timestep_spacing=spacing, beta_schedule=betas); s.set_timesteps(10)
-    if kind == 'epsilon': s.timesteps = s.timesteps[1:]                  # where alpha is almost 0, eps in float32 says nothing about x0
+    s = scheduler('DDIMScheduler', clip_sample=False, prediction_type=kind, timestep_spacing=spacing,
+                  beta_schedule=betas)
+    s.set_timesteps(10)
+    # where alpha is almost 0, eps in float32 says nothing about x0
+    if kind == 'epsilon': s.timesteps = s.timesteps[1:]
     x = torch.randn(2, 1, 8, 8, generator=gen())
     a, b = theirs(net, s, x), sample_ddim(from_diffusers(net, s), x, to_time(s.timesteps)).x
     assert (a - b).abs().max() < 2e-3*b.std()
 
-@pytest.mark.parametrize('name', ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler', 'UniPCMultistepScheduler', 'EulerDiscreteScheduler', 'PNDMScheduler', 'HeunDiscreteScheduler'])
+@pytest.mark.parametrize('name', ['DDPMScheduler', 'DDIMScheduler', 'DPMSolverMultistepScheduler',
+                                  'UniPCMultistepScheduler', 'EulerDiscreteScheduler', 'PNDMScheduler',
+                                  'HeunDiscreteScheduler'])
 def test_tables(name):
     "Exactly the table in, and ours out to float32's product"
     s = scheduler(name)
@@ -65,11 +73,16 @@ def test_edm(net, kind):
         for i in s.timesteps: y = s.step(net(s.scale_model_input(y, i), i).sample, i, y).prev_sample
     assert (y - b).abs().max() < 1e-3*b.std() and D.target == 'F'
 
-@pytest.mark.parametrize('sch', [ddpm_linear(), cosine(), table(zero_terminal((1 - torch.linspace(1e-4, .02, 1000, dtype=torch.float64)).cumprod(0)))], ids=['table', 'continuous', 'zero SNR'])
+@pytest.mark.parametrize(
+    'sch', [ddpm_linear(), cosine(),
+            table(zero_terminal((1 - torch.linspace(1e-4, .02, 1000, dtype=torch.float64)).cumprod(0)))],
+    ids=['table', 'continuous', 'zero SNR'])
 def test_oracle_in_their_scheduler(sch):
     "A closed form behind their DDIM: the same as behind ours, and the variance is the data's"
     oracle, x = Gaussian(sch, .25), torch.randn(4000, 1, 2, 2, generator=gen())
-    s = to_scheduler(sch, scheduler('DDIMScheduler').__class__, clip_sample=False, prediction_type='v_prediction', timestep_spacing='trailing'); s.set_timesteps(100)
+    s = to_scheduler(sch, scheduler('DDIMScheduler').__class__, clip_sample=False,
+                     prediction_type='v_prediction', timestep_spacing='trailing')
+    s.set_timesteps(100)
     out = theirs(ForDiffusers(oracle, target='v'), s, x)
     assert (out - sample_ddim(oracle, x, to_time(s.timesteps)).x).abs().max() < 5e-3 and abs(out.std() - .5) < .03
 
@@ -86,11 +99,13 @@ def test_transformer():
     "A class-conditional DiT that also predicts a variance"
     from diffusers import DiTTransformer2DModel
     torch.manual_seed(0)
-    dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4).eval()
+    dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+                                num_layers=1, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4).eval()
     s, x, y = scheduler('DDIMScheduler'), torch.randn(3, 4, 8, 8, generator=gen()), torch.tensor([1, 2, 3])
     D = from_diffusers(dit, s)
     with torch.no_grad(): want = dit(x, torch.tensor([499]*3), class_labels=y).sample[:,:4]
-    assert torch.allclose(D.predict(x, .5, y), want, atol=1e-6) and torch.equal(D.predict(x, .5, y), D.predict(x, .5, dict(class_labels=y)))
+    assert (torch.allclose(D.predict(x, .5, y), want, atol=1e-6)
+            and torch.equal(D.predict(x, .5, y), D.predict(x, .5, dict(class_labels=y))))
     assert D(x, .5, y).shape == x.shape
 
 def test_there_and_back(net):

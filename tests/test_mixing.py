@@ -1,5 +1,5 @@
 "Mixers under random sizes, types and values: what the chapter proves on examples holds everywhere."
-import copy, math
+import copy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from spectral_diffusion.benchmarks import flops
@@ -15,9 +15,12 @@ def shake(m, seed=0):
     return m
 def dims(S): return tuple(range(2, 2+len(S)))
 ours = dict(plain={}, allpass=dict(allpass=True), group=dict(group=2), domain=dict(span=7))
-zoo = dict(ours=lambda S: SpectralMixer(4, len(S)), global_=lambda S: GlobalFilter(4, S), fnet=lambda S: FNet(), afno=lambda S: AFNO(4, 2), fno=lambda S: FourierConv(4, [3]*len(S)),
-           separable=lambda S: FourierConv(4, [3]*len(S), True), dct=lambda S: BasisMixer(4, S), haar=lambda S: BasisMixer(4, S, 'haar'),
-           attention=lambda S: SelfAttention(4, 2), window=lambda S: WindowAttention(4, 3, 2), act=lambda S: SmoothAct())
+zoo = dict(ours=lambda S: SpectralMixer(4, len(S)), global_=lambda S: GlobalFilter(4, S), fnet=lambda S: FNet(),
+           afno=lambda S: AFNO(4, 2), fno=lambda S: FourierConv(4, [3]*len(S)),
+           separable=lambda S: FourierConv(4, [3]*len(S), True),
+           dct=lambda S: BasisMixer(4, S), haar=lambda S: BasisMixer(4, S, 'haar'),
+           attention=lambda S: SelfAttention(4, 2), window=lambda S: WindowAttention(4, 3, 2),
+           act=lambda S: SmoothAct())
 
 @given(sizes, seeds)
 def test_bases(S, seed):
@@ -34,12 +37,14 @@ def test_ours_is_a_real_convolution(kind, S, seed):
     shift = tuple(seed % n for n in S)
     assert torch.allclose(m(x.roll(shift, dims(S))), m(x).roll(shift, dims(S)), atol=1e-9)
     assert torch.allclose(m(2*x + 1), 2*m(x) + m(torch.ones_like(x)), atol=1e-9)
-    if kind == 'allpass': assert torch.allclose(m(x).square().sum(), x.square().sum()) and torch.allclose(m.inverse(m(x)), x)
+    if kind == 'allpass':
+        assert torch.allclose(m(x).square().sum(), x.square().sum()) and torch.allclose(m.inverse(m(x)), x)
 
 @given(st.integers(2, 40), st.data(), seeds)
 def test_causal(n, data, seed):
     t = data.draw(st.integers(1, n-1)); x = rand(2, 4, n, seed=seed); z = x.clone(); z[...,t:] = 9.
-    for m in (SpectralMixer(4, causal=True), SpectralMixer(4, causal=True, group=2), LongConv(4, 40), SelfAttention(4, 2, causal=True), WindowAttention(4, 5, 2, causal=True)):
+    for m in (SpectralMixer(4, causal=True), SpectralMixer(4, causal=True, group=2), LongConv(4, 40),
+              SelfAttention(4, 2, causal=True), WindowAttention(4, 5, 2, causal=True)):
         m = shake(m, seed)
         assert (m(x) - m(z))[...,:t].abs().max() < 1e-12*(1 + m(z).abs().max())
 
@@ -50,9 +55,11 @@ def test_masked_places_do_not_count(name, S, seed):
     m, x = shake(zoo[name](S), seed), rand(2, 4, *S, seed=seed)
     mask = rand(2, *S, seed=seed+2) > -.5
     z = torch.where(mask[:,None], x, rand(2, 4, *S, seed=seed+3)*50)
-    assert torch.allclose(m(x, mask=mask), m(z, mask=mask), atol=1e-9) and not m(x, mask=mask).movedim(1, -1)[~mask].any()
+    assert (torch.allclose(m(x, mask=mask), m(z, mask=mask), atol=1e-9)
+            and not m(x, mask=mask).movedim(1, -1)[~mask].any())
     assert torch.allclose(m(x, mask=torch.ones_like(mask)), m(x), atol=1e-9) and torch.equal(m(x), m(x))
-    y = copy.deepcopy(m).float()(x.float()); assert y.dtype == torch.float32 and y.shape == x.shape and (y - m(x)).norm() < 1e-4*(1 + m(x).norm())
+    y = copy.deepcopy(m).float()(x.float())
+    assert y.dtype == torch.float32 and y.shape == x.shape and (y - m(x)).norm() < 1e-4*(1 + m(x).norm())
 
 @given(st.integers(1, 3), st.integers(7, 12), st.sampled_from([(2, 1), (3, 2), (1, 1)]), seeds)
 def test_resolution(d, n, by, seed):
@@ -80,19 +87,28 @@ def test_costs_grow_as_they_should():
     "Counted operations: the mixer n log n, attention n^2, windowed attention n"
     work = lambda make, n: flops(lambda: make(torch.zeros(1, 32, n)))
     with torch.no_grad():
-        for m, low, high in [(SpectralMixer(32), 2., 2.4), (FNet(), 2., 2.4), (SelfAttention(32), 3.5, 4.), (WindowAttention(32, 16), 1.99, 2.01)]:
+        for m, low, high in [(SpectralMixer(32), 2., 2.4), (FNet(), 2., 2.4), (SelfAttention(32), 3.5, 4.),
+                             (WindowAttention(32, 16), 1.99, 2.01)]:
             assert low < work(m, 4096)/work(m, 2048) < high, m
 
 def test_faults_are_seen():
     "Each check above must fail for a layer that breaks its promise"
     x, z = rand(1, 4, 16), rand(1, 4, 16, seed=1); z[...,:8] = x[...,:8]
-    assert (shake(SpectralMixer(4))(x) - shake(SpectralMixer(4))(z))[...,:8].abs().max() > 1e-3             # circular is not causal
-    m = shake(SpectralMixer(4, allpass=True)); m.filter.even = torch.nn.Parameter(.3*rand(1, 4, 17)); assert abs(m(x).square().sum()/x.square().sum() - 1) > .01
-    m = shake(SpectralMixer(1)); x = resample(rand(1, 1, 5), (12,)); assert (m(resample(x, (24,)))[...,::2] - m(x)).norm() > .01*m(x).norm()
+    # circular is not causal
+    assert (shake(SpectralMixer(4))(x) - shake(SpectralMixer(4))(z))[...,:8].abs().max() > 1e-3
+    m = shake(SpectralMixer(4, allpass=True)); m.filter.even = torch.nn.Parameter(.3*rand(1, 4, 17))
+    assert abs(m(x).square().sum()/x.square().sum() - 1) > .01
+    m = shake(SpectralMixer(1)); x = resample(rand(1, 1, 5), (12,))
+    assert (m(resample(x, (24,)))[...,::2] - m(x)).norm() > .01*m(x).norm()
     assert (FNet()(x.roll(1, -1)) - FNet()(x).roll(1, -1)).norm() > .1
 
 def test_refusals():
-    for f, word in [(lambda: SpectralMixer(4, 2, causal=True), 'no past'), (lambda: SpectralMixer(4, allpass=True, causal=True), 'allpass needs'), (lambda: SpectralMixer(6, group=4), 'groups of 4'),
-                    (lambda: SpectralMixer(4)(rand(1,4,8,8)), '1 spatial dims'), (lambda: GlobalFilter(4, (8,))(rand(1,4,9)), 'fields of'), (lambda: LongConv(4, 8)(rand(1,4,9)), 'longer'),
-                    (lambda: SpectralMixer(4).inverse(rand(1,4,9)), 'allpass=True'), (lambda: SpectralMixer(4, cond=1)(rand(1,4,9)), 'logsnr')]:
+    for f, word in [(lambda: SpectralMixer(4, 2, causal=True), 'no past'),
+                    (lambda: SpectralMixer(4, allpass=True, causal=True), 'allpass needs'),
+                    (lambda: SpectralMixer(6, group=4), 'groups of 4'),
+                    (lambda: SpectralMixer(4)(rand(1,4,8,8)), '1 spatial dims'),
+                    (lambda: GlobalFilter(4, (8,))(rand(1,4,9)), 'fields of'),
+                    (lambda: LongConv(4, 8)(rand(1,4,9)), 'longer'),
+                    (lambda: SpectralMixer(4).inverse(rand(1,4,9)), 'allpass=True'),
+                    (lambda: SpectralMixer(4, cond=1)(rand(1,4,9)), 'logsnr')]:
         with pytest.raises(ValueError, match=word): f()

@@ -1,4 +1,5 @@
-"Every chapter and every report runs from top to bottom, each in a process of its own, through nbdev's own test. The processes are forked from one that has loaded what nearly all of them need, which saves seconds each."
+("Every chapter and every report runs from top to bottom, each in a process of its own, through nbdev's own test. "
+ "The processes are forked from one that has loaded what nearly all of them need, which saves seconds each.")
 import multiprocessing, os, sys
 from pathlib import Path
 import pytest
@@ -18,7 +19,9 @@ def one(nb, flags, said):
     sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
 
 def run(nb, said, *flags):
-    ctx = multiprocessing.get_context('forkserver'); ctx.set_forkserver_preload(['torch._dynamo', 'torch.distributed.checkpoint.state_dict', 'nbdev.test', 'matplotlib.pyplot', 'sklearn.datasets', 'skimage.data'])
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['torch._dynamo', 'torch.distributed.checkpoint.state_dict', 'nbdev.test',
+                                'matplotlib.pyplot', 'sklearn.datasets', 'skimage.data'])
     p = ctx.Process(target=one, args=(nb, flags, said)); p.start(); p.join()
     said = said.read_text()
     assert p.exitcode == 0 and said.endswith('Success.\n'), f'exit code {p.exitcode}\n' + said[-6000:]
@@ -29,7 +32,8 @@ def test_notebook(nb, tmp_path): run(nb, tmp_path/'said')
 @pytest.mark.parametrize('code', ['assert 1 == 2', 'import os; os._exit(0)', 'def f(: pass'])
 def test_a_broken_notebook_is_caught(code, tmp_path):
     import nbformat
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('x = 1'), nbformat.v4.new_code_cell(code)]), tmp_path/'broken.ipynb')
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('x = 1'),
+                                                   nbformat.v4.new_code_cell(code)]), tmp_path/'broken.ipynb')
     with pytest.raises(AssertionError, match='exit code'): run(tmp_path/'broken.ipynb', tmp_path/'said')
 
 @pytest.mark.slow

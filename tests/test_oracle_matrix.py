@@ -21,7 +21,8 @@ def setup(name, sch, nfe, std):
     "The sampler and the grid that a budget of questions buys"
     if name == 'restart':      # Heun's descents: 2 (N-1) + 1 questions, and 2 per step of a restart
         K, n = 2, max(nfe//10, 1)
-        t_min, t_max = (sch.t_of(torch.tensor(l).double() - 2*torch.tensor(std).log().double()).item() for l in (2., -3.))
+        t_min, t_max = (sch.t_of(torch.tensor(l).double() - 2*torch.tensor(std).log().double()).item()
+                        for l in (2., -3.))
         return partial(samplers[name], K=K, n=n, t_min=t_min, t_max=t_max), (nfe - 1 - 2*K*n)//2 + 1
     if name == 'edm': return partial(samplers[name], churn=5.), grid_size(name, nfe)
     return samplers[name], grid_size(name, nfe)
@@ -42,7 +43,8 @@ def exact_error(f, sch, n, std, monkeypatch, jump=True, draws=400):
 
 def judge(name, sch, std, monkeypatch, ns=ns, **kw):
     "Right within the sampler's own discretisation error, which falls with NFE"
-    e, floor = zip(*(exact_error(f, sch, n, std, monkeypatch, **kw) for f,n in (setup(name, sch, nfe, std) for nfe in ns)))
+    e, floor = zip(*(exact_error(f, sch, n, std, monkeypatch, **kw)
+                     for f,n in (setup(name, sch, nfe, std) for nfe in ns)))
     floor = floor[-1] + 2e-4
     assert e[-1] < (.03 if name in first_order else .004) + floor, (sch.name, std, name, e)
     assert e[-1] < e[0]/4 + floor, (sch.name, std, name, e)
@@ -108,7 +110,8 @@ def one_step_beta(D, x, grid, generator=None, K=1000):
 @pytest.mark.parametrize('std', stds)
 def test_honest_samplers_pass(std):
     assert std_is_right(strided(lambda t, s: s), std)
-    for name in ('ddpm', 'midpoint', 'heun3', 'dpmpp2m', 'dpmpp3m', 'unipc'): assert std_is_right(samplers[name], std), name
+    for name in ('ddpm', 'midpoint', 'heun3', 'dpmpp2m', 'dpmpp3m', 'unipc'):
+        assert std_is_right(samplers[name], std), name
 
 def test_unrespaced_sampler_is_caught():
     assert not std_is_right(strided(lambda t, s: max(t - 1/1000, 1e-6)))

@@ -24,8 +24,9 @@ def adamw(params, lr): return torch.optim.AdamW(params, lr)
 def trained(net, seeds, steps=25, loss=MemberLoss):
     "The seed's protocol in small"
     D = Denoiser(net, schedule, 'eps')
-    fit(D, MemberBatches(points('dino', 2000), 64, seeds), steps, 3e-3, warmup=0, clip=math.inf, opt=adamw, callbacks=[ClipMembers(.1)],
-        loss=loss(denoising_loss, K, [100+s for s in seeds]), generator=torch.Generator().manual_seed(0))
+    fit(D, MemberBatches(points('dino', 2000), 64, seeds), steps, 3e-3, warmup=0, clip=math.inf, opt=adamw,
+        callbacks=[ClipMembers(.1)], loss=loss(denoising_loss, K, [100+s for s in seeds]),
+        generator=torch.Generator().manual_seed(0))
     return D.net
 
 @pytest.mark.parametrize('gate', (None, AttentionGate, HybridGate))
@@ -43,14 +44,18 @@ def test_shared_clipping_would_show():
     "The planted fault: clipping by the common norm, as `fit` does by itself, is not training alone"
     torch.manual_seed(0); net = ResidualMLP(2, axis_waves(8, .3, 10.), None, StepEmbedding(schedule, K), width=24)
     alone, D = trained(member(net, 0), [0]), Denoiser(net, schedule, 'eps')
-    fit(D, MemberBatches(points('dino', 2000), 64, [0, 1]), 25, 3e-3, warmup=0, clip=.1, opt=adamw, loss=MemberLoss(denoising_loss, K, [100, 101]), generator=torch.Generator().manual_seed(0))
+    fit(D, MemberBatches(points('dino', 2000), 64, [0, 1]), 25, 3e-3, warmup=0, clip=.1, opt=adamw,
+        loss=MemberLoss(denoising_loss, K, [100, 101]), generator=torch.Generator().manual_seed(0))
     assert max((p[0] - q[0]).abs().max() for p,q in zip(D.net.parameters(), alone.parameters())) > 1e-3
 
 def test_ancestral_step_is_the_textbooks():
     "`sample_ddpm` on the table is Ho et al. 2020, eq. 6 and 7, with the posterior variance and no noise at the end"
-    beta = torch.linspace(1e-4, .02, K, dtype=torch.float64); abar = (1-beta).cumprod(0); prev = torch.cat([torch.ones(1).double(), abar[:-1]])
-    D = point_sets['moons'].oracle(schedule); x = z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
-    ours, g = sample_ddpm(D, z, grid_trailing(K), generator=torch.Generator().manual_seed(1)).x, torch.Generator().manual_seed(1)
+    beta = torch.linspace(1e-4, .02, K, dtype=torch.float64); abar = (1-beta).cumprod(0)
+    prev = torch.cat([torch.ones(1).double(), abar[:-1]])
+    D = point_sets['moons'].oracle(schedule)
+    x = z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
+    ours, g = (sample_ddpm(D, z, grid_trailing(K), generator=torch.Generator().manual_seed(1)).x,
+               torch.Generator().manual_seed(1))
     for k in reversed(range(K)):
         x = beta[k]*prev[k].sqrt()/(1-abar[k])*D(x, (k+1)/K) + (1-prev[k])*(1-beta[k]).sqrt()/(1-abar[k])*x
         if k: x = x + (beta[k]*(1-prev[k])/(1-abar[k])).sqrt()*torch.randn(x.shape, generator=g, dtype=x.dtype)
@@ -58,7 +63,8 @@ def test_ancestral_step_is_the_textbooks():
 
 def test_line_is_lost_to_the_sampler():
     "From N(0, I) the exact denoiser keeps about .16 bit on line, from matched noise next to none: no embedding can win there"
-    x, g = points('line', 30_000), torch.Generator().manual_seed(3); D, z = point_sets['line'].oracle(schedule), torch.randn(6000, 2, generator=g)
+    x, g = points('line', 30_000), torch.Generator().manual_seed(3)
+    D, z = point_sets['line'].oracle(schedule), torch.randn(6000, 2, generator=g)
     abar = schedule.alpha(1.).item()**2; L = torch.linalg.cholesky(abar*x.T.cov() + (1-abar)*torch.eye(2))
     kl = [kl_knn(x, sample_ddpm(D, s, grid_trailing(K), generator=g).x) for s in (z, abar**.5*x.mean(0) + z@L.T)]
     assert .12 < kl[0] < .21 and -.03 < kl[1] < .06, kl

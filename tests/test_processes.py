@@ -14,7 +14,9 @@ def train(folder, accelerator=None, stop=None, steps=8):
         def after_step(self, s): assert s.step != stop
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1), cosine(), 'v', .5), EMA(.9), Log()
-    try: s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Stopped(), Checkpoints(folder, 3)], accelerator=accelerator)
+    try:
+        s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g,
+                callbacks=[ema, log, Stopped(), Checkpoints(folder, 3)], accelerator=accelerator)
     except AssertionError: return
     return log.curve(), torch.cat([p.flatten() for p in ema.model.parameters()]), s
 
@@ -23,7 +25,8 @@ def main(folder, how):
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     torch.set_num_threads(1); acc = Accelerator(cpu=True)
     if how == 'sharded':       # accelerate offers sharding on accelerators only: on CPUs its type is set by hand
-        acc.state.distributed_type, acc.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+        acc.state.distributed_type, acc.state.fsdp_plugin = (
+            DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True))
     result = train(folder/'run', acc, 7 if how == 'copied' else None)
     if how == 'sharded':
         local = next(result[2].denoiser.parameters())
@@ -31,7 +34,9 @@ def main(folder, how):
         if acc.is_main_process: torch.save(result[:2], folder/'result.bin')
 
 def launch(folder, how):
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, str(folder), how], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+                        __file__, str(folder), how],
+                       capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert r.returncode == 0, r.stderr[-3000:]
 
 def test_two_processes_make_the_run_of_one(tmp_path):

@@ -20,29 +20,37 @@ gen = lambda seed=0: torch.Generator().manual_seed(seed)
 D, x, g = Gaussian(flow(), .25), torch.randn(4, 1, 8, generator=gen()), grid_uniform(9, .9, .01)
 
 def judge():
-    torch.manual_seed(0); net = Denoiser(UNet(1, 1, 8, (1,), 1), cosine()).eval(); real = torch.randn(8, 1, 16, generator=gen())
+    torch.manual_seed(0); net = Denoiser(UNet(1, 1, 8, (1,), 1), cosine()).eval()
+    real = torch.randn(8, 1, 16, generator=gen())
     return fit_head(RatioHead(1, 8, 16), net, real, -real, 6, 4, held=.5, every=3, patience=None, generator=gen())
 
 def look():
     data = digits(); train, test = to_field(data.train), to_field(data.test[:32])
-    torch.manual_seed(0); return triage(Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5), test, train, sample_ddim, grid_logsnr(cosine(), 5, -6., 6.), steps=4)
+    torch.manual_seed(0)
+    return triage(Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5), test, train, sample_ddim,
+                  grid_logsnr(cosine(), 5, -6., 6.), steps=4)
 
 def small(): torch.manual_seed(0); return Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5)
 def held(): data = digits(); return learning(small().eval(), to_field(data.test[:32]), to_field(data.train[:64]))
 
 none = lambda x, t: torch.zeros(len(x))
-calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k == 'restart' else 'sample') for k in samplers} | {
-    'optimize_grid': (lambda: optimize_grid(D, [g], x, m=2, rounds=3, fine=20), 'fit grid'), 'fit_head': (judge, 'judge'),
-    'thresholds': (lambda: thresholds(D, none, x, g), 'thresholds'), 'sample_diffrs': (lambda: sample_diffrs(D, none, x, g, generator=gen()), 'sample'),
+calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k == 'restart' else 'sample')
+         for k in samplers} | {
+    'optimize_grid': (lambda: optimize_grid(D, [g], x, m=2, rounds=3, fine=20), 'fit grid'),
+    'fit_head': (judge, 'judge'), 'thresholds': (lambda: thresholds(D, none, x, g), 'thresholds'),
+    'sample_diffrs': (lambda: sample_diffrs(D, none, x, g, generator=gen()), 'sample'),
     'study': (lambda: study(dict(clip=list), ('nan',), range(2), steps=3), 'study'), 'triage': (look, 'triage'),
-    'measure': (lambda: measure(design(dict(a=(0,1), b=(0,1))), lambda a, b, seed: a + b + .1*seed, range(2)), 'measure'),
+    'measure': (lambda: measure(design(dict(a=(0,1), b=(0,1))), lambda a, b, seed: a + b + .1*seed, range(2)),
+                'measure'),
     'interleave': (lambda: interleave(dict(a=int, b=int), reps=3), 'rounds'),
     'fit': (lambda: fit(small(), Batches(digits().train, 4, gen()), 3), 'train'), 'learning': (held, 'held-out error'),
     'features': (lambda: features(lambda x: x.flatten(1), torch.randn(300, 1, 4, 4, generator=gen())), 'features'),
-    'frechet_ci': (lambda: frechet_ci(*torch.randn(2, 60, 3, generator=gen()), min_n=0), 'jackknife'), 'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
+    'frechet_ci': (lambda: frechet_ci(*torch.randn(2, 60, 3, generator=gen()), min_n=0), 'jackknife'),
+    'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
     'fresh': (lambda: fresh(dict(a=('builtins:eval', 'int')), reps=3), 'rounds')}
 
-before = dict(optimize_grid={'sample'}, sample_diffrs={'thresholds'}, fresh={'prepare'})      # bars that come first, one after the other
+# bars that come first, one after the other
+before = dict(optimize_grid={'sample'}, sample_diffrs={'thresholds'}, fresh={'prepare'})
 
 @pytest.fixture
 def hand(monkeypatch):
@@ -72,11 +80,13 @@ def test_file_under_a_runner(name, tmp_path, monkeypatch):
     "The runner reads what is done, of how much, and how long it will take; the file goes, and inner loops do not take it away"
     seen, write, (f, desc) = [], runs.write_json, calls[name]
     run = runs.Run(tmp_path/'run')
-    monkeypatch.setenv('SDIFF_QUIET', '1'); monkeypatch.setattr(runs, 'time', SimpleNamespace(**vars(time) | dict(time=itertools.count().__next__)))
+    monkeypatch.setenv('SDIFF_QUIET', '1')
+    monkeypatch.setattr(runs, 'time', SimpleNamespace(**vars(time) | dict(time=itertools.count().__next__)))
     monkeypatch.setattr(runs, 'write_json', lambda path, o: (seen.append(o), write(path, o)))
     f()
     mine = [o for o in seen if o['desc'].split(' (')[0] == desc]
-    assert mine[0]['done'] < mine[-1]['done'] == mine[-1]['total'] and any(o['eta_s'] and o['eta_s'] > 0 for o in mine[:-1])
+    assert (mine[0]['done'] < mine[-1]['done'] == mine[-1]['total']
+            and any(o['eta_s'] and o['eta_s'] > 0 for o in mine[:-1]))
     assert not (run.folder/'progress.json').exists()
     if name in ('study', 'triage'): assert any('(train' in o['desc'] for o in mine)
 

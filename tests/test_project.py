@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest, yaml
 
 root = Path(__file__).parent.parent
-cells = lambda nb, kind='code': [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == kind]
-chapters = {m[1]: nb for nb in sorted((root/'nbs').glob('[0-9]*.ipynb')) if (m := re.search(r'^#\| default_exp (\w+)', '\n'.join(cells(nb)), re.M))}     # tutorials export nothing
+cells = lambda nb, kind='code': [''.join(c['source']) for c in json.loads(nb.read_text())['cells']
+                                 if c['cell_type'] == kind]
+chapters = {m[1]: nb for nb in sorted((root/'nbs').glob('[0-9]*.ipynb'))
+            if (m := re.search(r'^#\| default_exp (\w+)', '\n'.join(cells(nb)), re.M))}  # tutorials export nothing
 number = {m: int(nb.name[:2]) for m, nb in chapters.items()}
 
 def imported(source):
@@ -13,7 +15,9 @@ def imported(source):
     code = '\n'.join(l for l in source.splitlines() if not re.match(r'\s*[%!]', l))
     names = set()
     for n in ast.walk(ast.parse(code)):
-        if isinstance(n, ast.Import): names |= {a.name.removeprefix('spectral_diffusion.') for a in n.names if a.name.startswith('spectral_diffusion.')}
+        if isinstance(n, ast.Import):
+            names |= {a.name.removeprefix('spectral_diffusion.') for a in n.names
+                      if a.name.startswith('spectral_diffusion.')}
         if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('spectral_diffusion')):
             m = (n.module or '').removeprefix('spectral_diffusion').lstrip('.')
             names |= {m} if m else {a.name for a in n.names}
@@ -28,8 +32,9 @@ def test_imports_downwards(module):
     own = imported((root/'spectral_diffusion'/f'{module}.py').read_text())
     assert all(number[m] < number[module] for m in own)
 
-@pytest.mark.parametrize('line', ['from spectral_diffusion.samplers import *', 'from .samplers import x', 'import spectral_diffusion.samplers',
-                                  'from spectral_diffusion import samplers', 'def f():\n    from .samplers import x'])
+@pytest.mark.parametrize('line', ['from spectral_diffusion.samplers import *', 'from .samplers import x',
+                                  'import spectral_diffusion.samplers', 'from spectral_diffusion import samplers',
+                                  'def f():\n    from .samplers import x'])
 def test_import_guard_fires(line): assert later('fourier', [line]) == {'samplers'} and not later('rejection', [line])
 
 @pytest.mark.parametrize('module', chapters)
@@ -38,7 +43,8 @@ def test_file_name(module): assert chapters[module].stem[3:] == module
 @pytest.mark.parametrize('module', chapters)
 def test_in_step(module):
     "Every exported cell stands in the module as it is (the CI also runs nbdev_export and looks for a difference)"
-    squeeze = lambda s: re.sub(r'\s+', '', '\n'.join(l for l in s.splitlines() if not l.lstrip().startswith(('#|', 'from ', 'import '))))
+    squeeze = lambda s: re.sub(r'\s+', '', '\n'.join(l for l in s.splitlines()
+                                                     if not l.lstrip().startswith(('#|', 'from ', 'import '))))
     text = squeeze((root/'spectral_diffusion'/f'{module}.py').read_text())
     for c in cells(chapters[module]):
         if not re.match(r'#\|\s*export', c): continue
@@ -48,12 +54,18 @@ def test_in_step(module):
 def wide(source, most=120):
     "Lines that a page of the site cuts off; a docstring, or a comment behind a parameter, stays one line"
     code = '\n'.join('' if re.match(r'\s*(#\||%|!)', l) else l for l in source.split('\n'))
-    texts = {n for q in ast.walk(ast.parse(code)) if isinstance(q, ast.Expr) and isinstance(q.value, ast.Constant) for n in range(q.lineno, q.end_lineno + 1)}
-    notes = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT}
-    return [l for n, l in enumerate(code.split('\n'), 1) if n not in texts and (len(l[:notes.get(n)].rstrip()) > most or len(l) > most + 50)]
+    texts = {n for q in ast.walk(ast.parse(code)) if isinstance(q, ast.Expr) and isinstance(q.value, ast.Constant)
+             for n in range(q.lineno, q.end_lineno + 1)}
+    notes = {t.start[0]: t.start[1] for t in tokenize.generate_tokens(io.StringIO(code).readline)
+             if t.type == tokenize.COMMENT}
+    return [l for n, l in enumerate(code.split('\n'), 1)
+            if n not in texts and (len(l[:notes.get(n)].rstrip()) > most or len(l) > most + 50)]
 
-@pytest.mark.parametrize('nb', sorted([*(root/'nbs').glob('*.ipynb'), *(root/'reports').glob('*.ipynb')]), ids=lambda nb: f'{nb.parent.name}-{nb.stem}')
-def test_code_fits_the_page(nb): assert not [l for c in cells(nb) for l in wide(c)]
+written = [f for d in ('nbs/*.ipynb', 'reports/*.ipynb', 'tests/*.py') for f in sorted(root.glob(d))]
+
+@pytest.mark.parametrize('file', written, ids=lambda f: f'{f.parent.name}-{f.stem}')
+def test_code_fits_the_page(file):
+    assert not [l for c in (cells(file) if file.suffix == '.ipynb' else [file.read_text()]) for l in wide(c)]
 
 def test_width_guard_fires():
     long = 'x = ' + ' + '.join(['1']*40)
@@ -70,7 +82,8 @@ def test_notebooks_are_clean():
 
 def test_templates_have_no_outputs():
     for nb in (root/'reports').glob('*.ipynb'):
-        assert not any(c.get('outputs') for c in json.loads(nb.read_text())['cells']), f'{nb.name}: results belong in reports/results'
+        assert not any(c.get('outputs') for c in json.loads(nb.read_text())['cells']), (
+            f'{nb.name}: results belong in reports/results')
 
 def test_readme_is_rendered():
     r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
@@ -78,30 +91,46 @@ def test_readme_is_rendered():
 
 def found(node, key):
     "Everything under a key, however deep"
-    if isinstance(node, dict): return [v for k, v in node.items() if k == key] + [x for v in node.values() for x in found(v, key)]
+    if isinstance(node, dict):
+        return [v for k, v in node.items() if k == key] + [x for v in node.values() for x in found(v, key)]
     return [x for v in node for x in found(v, key)] if isinstance(node, list) else []
 
 def workflow_faults(texts):
     "What must not be in the workflows: others' actions, versions that move, slow tests that nothing starts, a site that is published untested or for a stranger"
     flows, pinned = [yaml.safe_load(t) for t in texts], r'\bQUARTO: \d+\.\d+\.\d+\s*[}\n]'
-    bad = [f'action {u}' for u in found(flows, 'uses') if not re.fullmatch(r'actions/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})', str(u))]
-    bad += ['Quarto is not pinned' for t in texts if 'quarto' in t.lower() and not (re.search(pinned, t) and {*re.findall(r'releases/download/(\S+)', t)} == {'v$QUARTO'})]
+    bad = [f'action {u}' for u in found(flows, 'uses')
+           if not re.fullmatch(r'actions/[\w-]+@(v\d+(\.\d+)*|[0-9a-f]{40})', str(u))]
+    bad += ['Quarto is not pinned' for t in texts if 'quarto' in t.lower()
+            and not (re.search(pinned, t) and {*re.findall(r'releases/download/(\S+)', t)} == {'v$QUARTO'})]
     slow = [(f, j) for f in flows for j in f['jobs'].values() if any('-m slow' in str(r) for r in found(j, 'run'))]
-    def timed(f, j): return any(re.fullmatch(r'(\S+ ){4}\S+', c) for c in found(f.get(True), 'cron')) and "event_name == 'schedule'" in j.get('if', "event_name == 'schedule'")      # YAML reads the key `on` as true
+    def timed(f, j):
+        # YAML reads the key `on` as true
+        return (any(re.fullmatch(r'(\S+ ){4}\S+', c) for c in found(f.get(True), 'cron'))
+                and "event_name == 'schedule'" in j.get('if', "event_name == 'schedule'"))
     for f in flows:
         if not any('deploy-pages' in u for u in found(f, 'uses')): continue
         on, when = f.get(True), ' '.join(str(j.get('if', '')) for j in f['jobs'].values())
-        if {*on} != {'workflow_run', 'workflow_dispatch'} or "conclusion == 'success'" not in when or "event != 'pull_request'" not in when: bad.append('publishing without tests')
+        if ({*on} != {'workflow_run', 'workflow_dispatch'} or "conclusion == 'success'" not in when
+                or "event != 'pull_request'" not in when):
+            bad.append('publishing without tests')
     return bad + ([] if any(timed(*x) for x in slow) else ['slow tests without a schedule'])
 
 workflows = [f.read_text() for f in sorted((root/'.github'/'workflows').glob('*.yml'))]
 def test_workflows(): assert len(workflows) == 2 and workflow_faults(workflows) == []
 
 @pytest.mark.parametrize('old, new, fault', [
-    ('actions/checkout@v4', 'actions/checkout', 'action'), ('actions/checkout@v4', 'actions/checkout@main', 'action'), ('actions/deploy-pages@v4', 'peaceiris/actions-gh-pages@v4', 'action'),
-    ('- run: bash .ci/run', '- uses: fastai/workflows/nbdev-ci@master', 'action'), ('QUARTO: 1.7.32', 'QUARTO: 1.7', 'Quarto'), ('download/v$QUARTO', 'download/latest', 'Quarto'),
-    ('QUARTO: 1.7.32', 'QUARTO: latest', 'Quarto'), ('  schedule: [{cron: "0 3 * * 1"}]\n', '', 'slow'), (" || github.event_name == 'schedule'", '', 'slow'), ('pytest -m slow', 'pytest', 'slow'),
-    ("conclusion == 'success'", "conclusion != 'cancelled'", 'publishing'), (" && github.event.workflow_run.event != 'pull_request'", '', 'publishing'), ('  workflow_dispatch:\npermissions: {contents: read}\nconcurrency', '  workflow_dispatch:\n  push: {branches: [main]}\npermissions: {contents: read}\nconcurrency', 'publishing')])
+    ('actions/checkout@v4', 'actions/checkout', 'action'),
+    ('actions/checkout@v4', 'actions/checkout@main', 'action'),
+    ('actions/deploy-pages@v4', 'peaceiris/actions-gh-pages@v4', 'action'),
+    ('- run: bash .ci/run', '- uses: fastai/workflows/nbdev-ci@master', 'action'),
+    ('QUARTO: 1.7.32', 'QUARTO: 1.7', 'Quarto'), ('download/v$QUARTO', 'download/latest', 'Quarto'),
+    ('QUARTO: 1.7.32', 'QUARTO: latest', 'Quarto'),
+    ('  schedule: [{cron: "0 3 * * 1"}]\n', '', 'slow'),
+    (" || github.event_name == 'schedule'", '', 'slow'), ('pytest -m slow', 'pytest', 'slow'),
+    ("conclusion == 'success'", "conclusion != 'cancelled'", 'publishing'),
+    (" && github.event.workflow_run.event != 'pull_request'", '', 'publishing'),
+    ('  workflow_dispatch:\npermissions: {contents: read}\nconcurrency',
+     '  workflow_dispatch:\n  push: {branches: [main]}\npermissions: {contents: read}\nconcurrency', 'publishing')])
 def test_workflow_faults_are_seen(old, new, fault):
     assert any(old in w for w in workflows)
     assert [b.split()[0] for b in workflow_faults([w.replace(old, new) for w in workflows])][:1] == [fault]

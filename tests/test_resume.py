@@ -13,8 +13,10 @@ def train(folder, steps=10, every=2):
     from spectral_diffusion.unets import UNet
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1, dropout=.2), cosine(), 'v', .5), EMA(.9), Log()
-    fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g, callbacks=[ema, log, Checkpoints(folder, every, shard=2**18)])
-    return torch.cat([x.double().flatten() for x in (*D.state_dict().values(), *ema.model.state_dict().values(), log.curve())])
+    fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g,
+        callbacks=[ema, log, Checkpoints(folder, every, shard=2**18)])
+    return torch.cat([x.double().flatten()
+                      for x in (*D.state_dict().values(), *ema.model.state_dict().values(), log.curve())])
 
 def child(folder, out=None):
     "Train in a forked process; its pid"
@@ -38,7 +40,9 @@ def kill(pid, folder, rng, seconds):
     return 'not at all'
 
 def main(root, kills):
-    import torch._dynamo, torch.distributed.checkpoint.state_dict, sklearn.datasets, spectral_diffusion.training, spectral_diffusion.unets, spectral_diffusion.data   # once, before the forks
+    # once, before the forks
+    import torch._dynamo, torch.distributed.checkpoint.state_dict, sklearn.datasets, \
+           spectral_diffusion.training, spectral_diffusion.unets, spectral_diffusion.data
     torch.set_num_threads(1); rng, how = random.Random(0), []
     t0 = time.time(); os.waitpid(child(root/'whole', root/'whole.bin'), 0); seconds = time.time()-t0
     for i in range(kills):
@@ -50,7 +54,8 @@ def main(root, kills):
     assert how.count('in a save') and how.count('at a random time')
 
 def kills(tmp_path, n):
-    r = subprocess.run([sys.executable, __file__, str(tmp_path), str(n)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    r = subprocess.run([sys.executable, __file__, str(tmp_path), str(n)], capture_output=True, text=True,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert r.returncode == 0, r.stderr[-3000:]
     print(r.stdout)
 

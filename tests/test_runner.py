@@ -8,7 +8,9 @@ from spectral_diffusion.runs import *
 
 params = "size:str = 'smoke' # one of: smoke, quick\nn:int = 3\nlr:float = 0.5\nrun_dir:str = ''"
 plot = "import matplotlib.pyplot as plt\nplt.figure(figsize=(1,1)); plt.plot(range(n));"
-wait = "import time, pathlib\npathlib.Path(run_dir, 'checkpoints').mkdir(exist_ok=True)\npathlib.Path(run_dir, 'checkpoints', 'here').touch()\nif not pathlib.Path('go').exists(): time.sleep(60)"
+wait = ("import time, pathlib\npathlib.Path(run_dir, 'checkpoints').mkdir(exist_ok=True)\n"
+        "pathlib.Path(run_dir, 'checkpoints', 'here').touch()\n"
+        "if not pathlib.Path('go').exists(): time.sleep(60)")
 cli = [sys.executable, '-c', 'from spectral_diffusion.experiments import sdiff_run; sdiff_run()']
 
 def make_report(lab, name, *cells, params=params):
@@ -31,8 +33,10 @@ def no_temps(lab): assert not list(lab.rglob('.tmp-*')) and not list(lab.rglob('
 def start_and_wait(lab):
     "A runner whose report hangs in a cell, once it got there, and its kernel"
     make_report(lab, '01_wait', wait)
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)      # a background shell makes its children deaf to Ctrl-C
-    p = subprocess.Popen([*cli, '01_wait'], cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear)
+    # a background shell makes its children deaf to Ctrl-C
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen([*cli, '01_wait'], cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=hear)
     t0 = time.time()
     while not (lab/'runs/01_wait/smoke/checkpoints/here').exists():
         assert p.poll() is None and time.time()-t0 < 40, p.stdout.read()
@@ -46,13 +50,16 @@ def test_bad_input_writes_nothing(lab):
     (lab/'file').write_text('x')
     before = sorted(lab.rglob('*'))
     for args,msg in [(['00_tinny'], 'there are: 00_tiny'), (['00_tiny', '-p', 'm', '5'], "no parameter 'm'"),
-                     (['00_tiny', '-p', 'n', '2.5'], "'n' must be int, not str '2.5'"), (['00_tiny', '--size', 'huge'], 'one of smoke, quick'),
-                     (['00_tiny', '--root', lab/'file'/'runs'], 'cannot write the run folder'), (['00_tiny', '--name', 'a/b'], 'cannot be named')]:
+                     (['00_tiny', '-p', 'n', '2.5'], "'n' must be int, not str '2.5'"),
+                     (['00_tiny', '--size', 'huge'], 'one of smoke, quick'),
+                     (['00_tiny', '--root', lab/'file'/'runs'], 'cannot write the run folder'),
+                     (['00_tiny', '--name', 'a/b'], 'cannot be named')]:
         with pytest.raises(SystemExit) as e:
             sdiff_run(list(map(str, args)))
         assert msg in str(e.value.code) and '\n' not in str(e.value.code)
     r = run(lab, '00_tiny', '-p', 'nn', '5')
-    assert r.returncode == 1 and r.stderr.strip().count('\n') == 0 and "did you mean 'n'" in r.stderr and 'Traceback' not in r.stderr
+    assert (r.returncode == 1 and r.stderr.strip().count('\n') == 0 and "did you mean 'n'" in r.stderr
+            and 'Traceback' not in r.stderr)
     assert sorted(lab.rglob('*')) == before
 
 def test_finish_skip_force(lab):
@@ -65,7 +72,8 @@ def test_finish_skip_force(lab):
     folder = html.parent
     assert names(folder) == {'attempts', 'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
     assert json.loads((folder/'parameters.json').read_text()) == dict(size='smoke', n=3, lr=2.)
-    assert len(re.findall(r'<img[^>]*src="data:image/png;base64,', html.read_text())) == 1 and '3 2.0 smoke' in html.read_text()
+    assert (len(re.findall(r'<img[^>]*src="data:image/png;base64,', html.read_text())) == 1
+            and '3 2.0 smoke' in html.read_text())
     assert os.name=='nt' or 'ipc\n' in html.read_text(), 'a TCP port may be taken by another run that starts'
     assert 'cell 4/4' in r.stderr and 'WARNING' not in r.stderr and 'Traceback' not in r.stderr
     made = html.stat().st_mtime_ns
@@ -80,13 +88,15 @@ def test_failing_cell(lab):
     make_report(lab, '01_fail', "import time", "1/0", "print('never')")
     r = run(lab, '01_fail', '00_tiny')
     folder = lab/'runs/01_fail/smoke'
-    assert r.returncode == 1 and 'ZeroDivisionError: division by zero' in r.stdout and 'Traceback' not in r.stdout + r.stderr
+    assert (r.returncode == 1 and 'ZeroDivisionError: division by zero' in r.stdout
+            and 'Traceback' not in r.stdout + r.stderr)
     assert names(folder) == {'attempts', 'parameters.json', 'status.json', 'report.failed.ipynb', 'traceback.txt'}
     assert run_state(folder) == 'failed' and '1/0' in (folder/'traceback.txt').read_text()
     assert run_state(lab/'runs/00_tiny/smoke') == 'finished'
     with pytest.raises(ValueError, match='only a finished run'): promote(folder)
     make_report(lab, '01_fail', "print('repaired')")
-    assert names(run_report('01_fail', progress=False)) == {'attempts', 'parameters.json', 'status.json', 'report.ipynb', 'report.html'}
+    assert (names(run_report('01_fail', progress=False))
+            == {'attempts', 'parameters.json', 'status.json', 'report.ipynb', 'report.html'})
     no_temps(lab)
 
 def test_kernel_dies(lab):
@@ -129,7 +139,8 @@ def test_full_disk_ends_only_the_log(tmp_path):
 
 def test_json_is_whole_at_every_moment(tmp_path):
     "Whoever reads while another process writes again and again, or after it was killed, finds a whole file"
-    code = "from spectral_diffusion.runs import write_json\nwrite_json('a.json', x:=dict(x=list(range(20000))))\nprint('go', flush=True)\nwhile True: write_json('a.json', x)"
+    code = ("from spectral_diffusion.runs import write_json\nwrite_json('a.json', x:=dict(x=list(range(20000))))\n"
+            "print('go', flush=True)\nwhile True: write_json('a.json', x)")
     p = subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path, stdout=subprocess.PIPE)
     p.stdout.readline()
     t0 = time.time()

@@ -10,7 +10,8 @@ from test_runner import gone, make_report, no_temps
 
 script = lambda name: [sys.executable, '-c', f'from spectral_diffusion.experiments import {name}; {name}()']
 touch = "from pathlib import Path\nwith open(Path.cwd()/f'{n}.ran', 'a') as f: f.write('x')"
-wait = "import time\nfrom pathlib import Path\nPath(run_dir, 'here').touch()\nwhile not (Path.cwd()/'go').exists(): time.sleep(.05)"
+wait = ("import time\nfrom pathlib import Path\nPath(run_dir, 'here').touch()\n"
+        "while not (Path.cwd()/'go').exists(): time.sleep(.05)")
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
@@ -20,7 +21,8 @@ def lab(tmp_path, monkeypatch):
 
 def start(lab, *args, name='sdiff_sweep', **kw):
     hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen([*script(name), *map(str, args)], cwd=lab, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear, **kw)
+    return subprocess.Popen([*script(name), *map(str, args)], cwd=lab, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, preexec_fn=hear, **kw)
 
 def until(test, seconds=120):
     t0 = time.time()
@@ -31,7 +33,8 @@ def until(test, seconds=120):
 def family(p): return psutil.Process(p.pid).children(recursive=True)
 def states(lab): return [r.state for r in status_rows(lab/'runs')]
 
-# eight runners at the same moment, without the seconds that a kernel takes: the real decisions and attempts, a fake execute, forked processes
+# eight runners at the same moment, without the seconds that a kernel takes:
+# the real decisions and attempts, a fake execute, forked processes
 fake = """
 import os, signal, sys, time
 from pathlib import Path
@@ -48,7 +51,8 @@ else:
     print(codes); sys.exit()
 def execute(report, folder, params, bar):
     with open(folder/'ran', 'a') as f: f.write(f'{me}\\n')
-    if params['n']==9 and not (folder/'killed').exists(): (folder/'killed').touch(); os.kill(os.getpid(), signal.SIGKILL)
+    if params['n']==9 and not (folder/'killed').exists():\
+ (folder/'killed').touch(); os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(.01)
     if params['n']%2: raise ValueError('odd')
 e.execute = execute
@@ -144,15 +148,19 @@ def test_ctrl_c(lab, to):
 
 def test_worker_dies(lab):
     "A worker that is killed (memory) fails its cell and not the sweep"
-    make_report(lab, '00_cells', "import os, signal, psutil\nif n==1: os.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(.2)")
+    make_report(lab, '00_cells', "import os, signal, psutil\nif n==1: os.kill(os.getppid(), signal.SIGKILL)\n"
+                                 "import time; time.sleep(.2)")
     p = start(lab, '00_cells', '-p', 'n', '1,2')
     out, _ = p.communicate(timeout=120)
-    assert p.returncode==1 and 'ended by SIGKILL: out of memory?' in out and '1 finished, 1 killed' in out.splitlines()[-1].replace('1 failed', '1 killed'), out
+    assert (p.returncode==1 and 'ended by SIGKILL: out of memory?' in out
+            and '1 finished, 1 killed' in out.splitlines()[-1].replace('1 failed', '1 killed')), out
     assert sorted(states(lab))==['finished', 'killed']
 
 def test_status_command(lab):
     "What `sdiff_status` prints of a sweep under way, with the progress of the loop inside"
-    loop = "from spectral_diffusion import runs\nfrom types import SimpleNamespace\nfrom pathlib import Path\nimport time\nruns.Run.current = SimpleNamespace(folder=Path(run_dir))\nfor i in runs.progress(range(3000), desc='train'): time.sleep(.02)"
+    loop = ("from spectral_diffusion import runs\nfrom types import SimpleNamespace\nfrom pathlib import Path\n"
+            "import time\nruns.Run.current = SimpleNamespace(folder=Path(run_dir))\n"
+            "for i in runs.progress(range(3000), desc='train'): time.sleep(.02)")
     make_report(lab, '00_cells', loop)
     p = start(lab, '00_cells')
     until(lambda: [*lab.glob('runs/00_cells/*/progress.json')])

@@ -12,7 +12,8 @@ sides = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, ma
 @settings(max_examples=40, deadline=None)
 @given(sides, st.integers(1, 3), st.integers(0, 99))
 def test_patches_only_move_values(sides, c, seed):
-    p = tuple(k for _,k in sides); x = torch.randn(2, c, *[n*k for n,k in sides], generator=torch.Generator().manual_seed(seed))
+    p = tuple(k for _,k in sides)
+    x = torch.randn(2, c, *[n*k for n,k in sides], generator=torch.Generator().manual_seed(seed))
     y = patchify(x, p)
     assert y.shape[2:] == tuple(n for n,_ in sides) and torch.equal(unpatchify(y, p), x)
     assert torch.equal(y.flatten(1).sort(1)[0], x.flatten(1).sort(1)[0])

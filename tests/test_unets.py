@@ -10,8 +10,10 @@ from spectral_diffusion.unets import *
 settings.register_profile('unets', max_examples=15, deadline=None); settings.load_profile('unets')
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 seeds = st.integers(0, 99)
-kinds = dict(branch=lambda d: SpectralBranch(d, 4, 5, 2), block=lambda d: SpectralBlock(d, 4, 4, 5), gain=lambda d: Adapter(d, 4, 5), amplitude=lambda d: Adapter(d, 4, 5, ('amplitude',)),
-             phase=lambda d: Adapter(d, 4, 5, ('phase',)), all=lambda d: Adapter(d, 4, 5, ('gain', 'amplitude', 'phase')))
+kinds = dict(branch=lambda d: SpectralBranch(d, 4, 5, 2), block=lambda d: SpectralBlock(d, 4, 4, 5),
+             gain=lambda d: Adapter(d, 4, 5), amplitude=lambda d: Adapter(d, 4, 5, ('amplitude',)),
+             phase=lambda d: Adapter(d, 4, 5, ('phase',)),
+             all=lambda d: Adapter(d, 4, 5, ('gain', 'amplitude', 'phase')))
 def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 def shake(m, seed=0):
     for i, p in enumerate(m.double().requires_grad_(False).parameters()): p.add_(.2*rand(*p.shape, seed=seed+i))
@@ -36,7 +38,8 @@ def test_real_shifts_and_tiles(kind, S, seed):
     "The spectrum belongs to a real field; a shift in is a shift out; more of the same is answered by more of the same (once no floor hides anything)"
     m, x, e = shake(kinds[kind](len(S)), seed), rand(2, 4, *S, seed=seed), rand(2, 5, seed=seed+1)
     Y = m.spectrum(x, e)
-    if kind == 'branch': Y = torch.view_as_complex(Y.permute(3, 1, 4, 0, 2).contiguous()).flatten(1, 2).unflatten(2, (*S[:-1], -1))
+    if kind == 'branch':
+        Y = torch.view_as_complex(Y.permute(3, 1, 4, 0, 2).contiguous()).flatten(1, 2).unflatten(2, (*S[:-1], -1))
     assert torch.allclose(rfftn(irfftn(Y, S)), Y, atol=1e-10*(1 + Y.abs().max().item()))
     shift, y = tuple(seed % n for n in S), m(x, e=e)
     near = dict(atol=1e-8*(1 + y.abs().max().item()))
@@ -57,19 +60,25 @@ def test_items_do_not_meet(kind):
 def test_any_unet_runs(d, data, seed):
     "Every combination of options trains: the answer has the field's shape, is zero at first and moves after two steps"
     levels = st.lists(st.integers(0, 1), unique=True).map(tuple)
-    places = data.draw(st.lists(st.sampled_from(['input', 'output', 'block', 'amplitude', 'phase']), unique=True).map(tuple))
-    kw = dict(attn=data.draw(levels), spectral=data.draw(levels), adapters=places, patch=data.draw(st.sampled_from([1, 2])))
-    torch.manual_seed(seed); net = UNet(d, 1, 8, (1, 2), 1, **kw); S = tuple(kw['patch']*data.draw(st.integers(2, 5)) for _ in range(d))
+    places = data.draw(st.lists(st.sampled_from(['input', 'output', 'block', 'amplitude', 'phase']),
+                                unique=True).map(tuple))
+    kw = dict(attn=data.draw(levels), spectral=data.draw(levels), adapters=places,
+              patch=data.draw(st.sampled_from([1, 2])))
+    torch.manual_seed(seed); net = UNet(d, 1, 8, (1, 2), 1, **kw)
+    S = tuple(kw['patch']*data.draw(st.integers(2, 5)) for _ in range(d))
     x, l = torch.randn(2, 1, *S), torch.tensor([-1., 2.]); opt = torch.optim.SGD(net.parameters(), .1)
     assert not net(x, l).any()
     for _ in range(2): opt.zero_grad(); (net(x, l) - x).square().mean().backward(); opt.step()
     y = net(x, l); assert y.shape == x.shape and y.isfinite().all() and y.any()
 
-@pytest.mark.parametrize('make,count', [(UNetCifar32, 1_982_115), (TinyUNet, 492_867), (SeedSpectralUNet, 83_334), (lambda **kw: SeedSpectralUNet(depth=3, **kw), 2_042_054)])
+@pytest.mark.parametrize('make,count', [(UNetCifar32, 1_982_115), (TinyUNet, 492_867), (SeedSpectralUNet, 83_334),
+                                        (lambda **kw: SeedSpectralUNet(depth=3, **kw), 2_042_054)])
 def test_networks_of_the_seeds(make, count):
     "Their counts; they learn; they hear the noise level as the step of a table"
     torch.manual_seed(0); x, l = torch.randn(2, 3, 16, 16), torch.tensor([-3., 3.])
     net = make(time=StepEmbedding(linear(), 1000, 512 if make is UNetCifar32 else 128)); assert n_params(net) == count
     opt = torch.optim.Adam(net.parameters(), 1e-3); losses = []
-    for _ in range(6): loss = (net(x, l) - x).square().mean(); opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
+    for _ in range(6):
+        loss = (net(x, l) - x).square().mean()
+        opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
     net.eval(); assert losses[-1] < losses[0] and (net(x, l) - net(x, l + 2)).abs().max() > 1e-5

@@ -30,7 +30,8 @@ def test_every_order_of_axes(tmp_path):
 
 def test_scanner_that_stands_at_an_angle(tmp_path):
     "A rotation in the affine is not a reason to resample: the array stays on its own axes"
-    a = .2; R = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]); x = torch.rand(8, 8, 8, generator=gen()).numpy()
+    a = .2; R = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    x = torch.rand(8, 8, 8, generator=gen()).numpy()
     for name, M in [('straight', np.eye(3)), ('oblique', R)]:
         A = np.eye(4); A[:3,:3] = M*4; nib.save(nib.Nifti1Image(x, A), tmp_path/f'{name}.nii')
     got = [read_nifti(tmp_path/f'{n}.nii', (8,)*3, 4.) for n in ('straight', 'oblique')]
@@ -41,7 +42,8 @@ def test_train_and_sample(ds, make):
     "Data, network, training, sampling and bytes fit together in 3-D, for two schedules"
     for sch, target in [(cosine(), 'v'), (flow(), 'u')]:
         torch.manual_seed(0); log = Log(); D = Denoiser(make(), sch, target, .5)
-        fit(D, CaseBatches(ds.train, 4, gen(), lambda image, mask, bins: image), 24, lr=3e-3, warmup=5, generator=gen(1), callbacks=[log])
+        fit(D, CaseBatches(ds.train, 4, gen(), lambda image, mask, bins: image), 24, lr=3e-3, warmup=5,
+            generator=gen(1), callbacks=[log])
         c = log.curve(); assert c[-8:].mean() < .85*c[:4].mean()
         x = sample_ddim(D, sch.prior((2, 1, 16, 16, 16), gen(2)), grid_uniform(4)).x
         assert to_uint8(x).shape == (2, 1, 16, 16, 16) and x.isfinite().all()
