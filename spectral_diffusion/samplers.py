@@ -105,6 +105,17 @@ def sample_ddpm(denoiser, x_T, grid, generator=None, callback=None, jump=True):
     "Ancestral sampling, re-spaced (Ho et al. 2020): DDIM with all of the noise renewed"
     return sample_ddim(denoiser, x_T, grid, 1., generator, callback, jump)
 
+# %% ../nbs/06_samplers.ipynb #fc411f40
+def _slopes(f, t):
+    "df/dt of all outputs (n, ...) of f at times (n,)"
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        s = t.clone().requires_grad_()
+        ys = [y + 0*s.sum() for y in f(s)]                        # what does not depend on t has slope 0
+        ws = [torch.zeros_like(y, requires_grad=True) for y in ys]
+        g, = torch.autograd.grad(ys, s, ws, create_graph=True)
+        return torch.autograd.grad(g, ws, torch.ones_like(g), create_graph=graph)
+
 # %% ../nbs/06_samplers.ipynb #d059e215
 def _line(schedule, t, k, x):
     "The space of the solvers at times t, (n,): scale, tau, and p, q of the slope p X + q x0_hat"
@@ -113,7 +124,7 @@ def _line(schedule, t, k, x):
         return *(c/(a0 + k*b0) for c in _coeffs(schedule, t, x)), b0/(a0 + k*b0), a0 + k*b0
     A, B, tau, c = gains(t)
     if not schedule.filter: return c, tau, 1/(B*c), -k - A/B
-    dA, dB, dtau, _ = torch.func.jvp(gains, (t.clamp(max=1-1e-6),), (torch.ones_like(t),))[1]
+    dA, dB, dtau, _ = _slopes(gains, t.clamp(max=1-1e-6))
     return c, tau, dB/dtau/(B*c), (dA - dB*A/B)/dtau
 
 # %% ../nbs/06_samplers.ipynb #b73ea128
