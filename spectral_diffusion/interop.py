@@ -74,7 +74,10 @@ predicts = dict(epsilon='eps', sample='x0', v_prediction='v')
 # %% ../nbs/23_interop.ipynb #7dbee296
 class Preconditioned(nn.Module):
     "A diffusers model inside EDM's preconditioning, which asks it at log(sigma)/4"
-    def __init__(self, net, sign): super().__init__(); self.net,self.sign = net,sign
+    def __init__(self,
+        net, # (scaled x_t, log(sigma)/4, ...) -> .sample
+        sign:int # 1, or -1 where it answers -F
+    ): super().__init__(); self.net,self.sign = net,sign
     def forward(self, x, logsnr, cond=None): return self.sign*ask_diffusers(self.net, x, -logsnr/8, cond)
 
 def from_diffusers(net, # UNet2DModel, DiTTransformer2DModel, ...: (x_t, step, ...) -> .sample
@@ -91,7 +94,8 @@ def from_diffusers(net, # UNet2DModel, DiTTransformer2DModel, ...: (x_t, step, .
     return Denoiser(Preconditioned(net, answer), sch, 'F', c.sigma_data)
 
 # %% ../nbs/23_interop.ipynb #a454f2e5
-def is_flow(schedule:Schedule) -> bool: # x_t = (1-t) x0 + t eps, white noise
+def is_flow(schedule:Schedule # any
+           ) -> bool: # is it x_t = (1-t) x0 + t eps, with white noise?
     "Whether schedulers of rectified flow can follow a schedule"
     return schedule.path is flow_path and not schedule.filter and abs(schedule.alpha(.25).item() - .75) < 1e-9
 
@@ -130,16 +134,15 @@ class ForDiffusers(nn.Module):
         K:int=1000 # steps of the clock
     ):
         super().__init__()
-        flows = is_flow(denoiser.schedule)
-        if not flows: table_of(denoiser.schedule)                     # refuses what no scheduler can follow
-        self.denoiser,self.target,self.clock = (denoiser, target or ('u' if flows else 'eps'),
-                                                (lambda i: _d(i)/K) if flows else lambda i: to_time(i, K))
+        self.denoiser,self.K,self.flows = denoiser,K,is_flow(denoiser.schedule)
+        if not self.flows: table_of(denoiser.schedule)                # refuses what no scheduler can follow
+        self.target = target or ('u' if self.flows else 'eps')
         self.config = SimpleNamespace(sample_size=size, in_channels=channels, out_channels=channels)
     dtype = torch.float32
     device = property(lambda self: next((p.device for p in self.parameters()), torch.device('cpu')))
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        t = self.clock(timestep)
+        t = _d(timestep)/self.K if self.flows else to_time(timestep, self.K)
         (a, s), x0 = self.denoiser.schedule.coeffs(t, sample), self.denoiser(sample, t, class_labels)
         y = to_target(self.target, x0, (sample - a*x0)/s, a, s)
         return SimpleNamespace(sample=y) if return_dict else (y,)

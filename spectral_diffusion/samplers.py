@@ -108,13 +108,12 @@ def sample_ddpm(denoiser, x_T, grid, generator=None, callback=None, jump=True):
 # %% ../nbs/06_samplers.ipynb #fc411f40
 def _slopes(f, t):
     "df/dt of all outputs (n, ...) of f at times (n,)"
-    graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         s = t.clone().requires_grad_()
         ys = [y + 0*s.sum() for y in f(s)]                        # what does not depend on t has slope 0
         ws = [torch.zeros_like(y, requires_grad=True) for y in ys]
         g, = torch.autograd.grad(ys, s, ws, create_graph=True)
-        return torch.autograd.grad(g, ws, torch.ones_like(g), create_graph=graph)
+        return torch.autograd.grad(g, ws, torch.ones_like(g))
 
 # %% ../nbs/06_samplers.ipynb #d059e215
 def _line(schedule, t, k, x):

@@ -52,7 +52,7 @@ def test_in_step(module):
         assert body in text, f'run nbdev_export: {c[:80]!r}'
 
 def wide(source, most=120):
-    "Lines that a page of the site cuts off; a docstring, or a comment behind a parameter, stays one line"
+    "Lines that do not fit on a wide screen; a docstring, or a comment behind a parameter, stays one line"
     code = '\n'.join('' if re.match(r'\s*(#\||%|!)', l) else l for l in source.split('\n'))
     texts = {n for q in ast.walk(ast.parse(code)) if isinstance(q, ast.Expr) and isinstance(q.value, ast.Constant)
              for n in range(q.lineno, q.end_lineno + 1)}
