@@ -37,7 +37,8 @@ def directives(source # of a code cell
     "The marks of a cell, such as export, hide, slow"
     return [w for l in re.findall(r'^#\|(.*)$', source, re.M) if ':' not in l for w in l.split()]
 
-def visible(cell) -> bool:
+def visible(cell # of a notebook, as nbformat reads it
+           ) -> bool:
     "Does a reader see this cell?"
     return not {'hide', 'default_exp', 'exporti'} & {*directives(cell.source)} if cell.cell_type == 'code' else True
 
@@ -328,7 +329,8 @@ def render(book, # from `stage`
 # %% ../nbs/27_book.ipynb #ee6eb170
 class Links(HTMLParser):
     "What a page points to, and what can be pointed to on it"
-    def __init__(self, text): super().__init__(); self.to, self.ids = set(), {'', 'top'}; self.feed(text)
+    def __init__(self, text # HTML of a page
+                ): super().__init__(); self.to, self.ids = set(), {'', 'top'}; self.feed(text)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
@@ -360,7 +362,8 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 class Served:
     "A folder behind an address on this machine, while a `with` block lasts"
-    def __init__(self, site): self.server = ThreadingHTTPServer(('127.0.0.1', 0), partial(_Quiet, directory=str(site)))
+    def __init__(self, site # folder with the built pages
+                ): self.server = ThreadingHTTPServer(('127.0.0.1', 0), partial(_Quiet, directory=str(site)))
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return f'http://127.0.0.1:{self.server.server_port}/'

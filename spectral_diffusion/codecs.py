@@ -30,7 +30,8 @@ from .training import adamw, denoising_loss, lr_scale
 class Codec(nn.Module):
     "Fields to latents and back; as it is, the identity"
     rotation = True                                      # is `analyse` orthonormal, so that white noise stays white?
-    def __init__(self, **config): super().__init__(); self.config,self.bound = config,{}
+    def __init__(self, **config # all that is needed to build it again, written beside the weights
+                ): super().__init__(); self.config,self.bound = config,{}
     def analyse(self, x): return x
     def synthesise(self, z): return z
     def stats(self, of, z):
@@ -169,7 +170,7 @@ def fit(self:Codec, x:Tensor, # fields, (N, C, *S)
     "Measure mean and total standard deviation of each channel"
     if not len(x): raise ValueError(f"there are no fields of '{of}' to fit on: pass x of shape (N, C, *S) with N > 0")
     n, s, q = 0, 0., 0.
-    for b in x.split(batch):
+    for b in progress(x.split(batch), desc='fit codec', after=1.):
         z = self.analyse(b).double().transpose(0, 1).flatten(1)
         c = z[:, :1] if n == 0 else c                       # sums about a value of the data: no digits are lost
         n, s, q = n + z.shape[1], s + (z - c).sum(1), q + (z - c).square().sum(1)
@@ -268,7 +269,7 @@ def field_error(latent, # a `Latent`
                ) -> Tensor: # (L,) squared error per voxel
     "Squared error of decoded answers per log-SNR"
     c, sch = latent.codec, latent.schedule; z0, out = c.encode(x0), []
-    for l in logsnrs:
+    for l in progress(logsnrs, desc='field error', after=1.):
         # the same noise as in voxels, turned
         eps = c.analyse(noise_like(x0, generator)) if c.rotation else noise_like(z0, generator)
         t = sch.t_of(torch.as_tensor(float(l), dtype=torch.float64)).clamp(min=1e-6)
@@ -327,7 +328,9 @@ class Encoded:
 # %% ../nbs/18_codecs.ipynb #7a2ab5d0
 class Res(nn.Module):
     "x + two convolutions; the identity at first"
-    def __init__(self, dim, c):
+    def __init__(self, dim, # spatial dims
+                 c # channels
+                ):
         super().__init__()
         conv = lambda: layer('Conv', dim)(c, c, 3, padding=1)
         self.layers = nn.Sequential(norm(c), nn.SiLU(), conv(), norm(c), nn.SiLU(), zero(conv()))
@@ -346,7 +349,12 @@ def to_channels(x:Tensor, # (B, c, *S)
 # %% ../nbs/18_codecs.ipynb #402b7252
 class Shuffle(nn.Module):
     "Convolve, then fold (or unfold) blocks of two; with a shortcut the folded input is added"
-    def __init__(self, dim, i, o, up=False, short=True):
+    def __init__(self, dim, # spatial dims
+                 i, # channels in
+                 o, # channels out
+                 up=False, # unfold instead of fold?
+                 short=True # add the folded (unfolded) input?
+                ):
         super().__init__()
         n = 2**dim
         if not up and o % n:
@@ -433,7 +441,7 @@ def admit(codec:Codec, # that diffusion is to use
          ) -> Score: # gain in dB over block averages
     "Refuse a codec that is not clearly better than averaging blocks"
     shape = latent_shape(codec, tuple(x.shape[1:])); k = [n//m for n, m in zip(x.shape[2:], shape[1:])]
-    mine, average = (torch.cat([psnr(f(b), b) for b in x.split(batch)])
+    mine, average = (torch.cat([psnr(f(b), b) for b in progress(x.split(batch), desc='admit', after=1.)])
                      for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
     gain = torch.where(mine.isinf(), mine, mine - average)
     h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.

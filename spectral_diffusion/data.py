@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['families', 'line', 'moons', 'circle', 'dino', 'point_sets', 'to_field', 'to_uint8', 'check_field', 'to_mask',
            'check_mask', 'grid', 'show', 'Images', 'digits', 'photographs', 'cut', 'pyramid', 'crops', 'photos',
-           'plane', 'between', 'checks', 'stripes', 'discs', 'rectangles', 'piecewise', 'texture', 'random_field',
-           'patterns', 'cifar10', 'read_image', 'image_folder', 'Batches', 'PointSet', 'truncated_mean', 'Box', 'Spots',
-           'points', 'MemberBatches']
+           'plane', 'piecewise', 'texture', 'random_field', 'patterns', 'cifar10', 'read_image', 'image_folder',
+           'Batches', 'PointSet', 'truncated_mean', 'Box', 'Spots', 'points', 'MemberBatches']
 
 # %% ../nbs/08_data.ipynb #6a369db7
 import importlib.util, math
@@ -217,17 +216,17 @@ def plane(
     c = (2*torch.arange(size) + 1)/size - 1
     return c[:, None], c[None]
 
-def between(lo, hi, n, g): return lo + (hi - lo)*torch.rand(n, 1, 1, generator=g)     # uniform numbers (n, 1, 1)
+def _between(lo, hi, n, g): return lo + (hi - lo)*torch.rand(n, 1, 1, generator=g)     # uniform numbers (n, 1, 1)
 
 # %% ../nbs/08_data.ipynb #ba6f88bf
-def checks(n, size, g): (y, x), f = plane(size), math.pi*between(2, 8, n, g); return (f*y).sin()*(f*x).sin()
-def stripes(n, size, g):
-    (y, x), f, a = plane(size), math.pi*between(2, 8, n, g), between(0, math.pi, n, g)
+def _checks(n, size, g): (y, x), f = plane(size), math.pi*_between(2, 8, n, g); return (f*y).sin()*(f*x).sin()
+def _stripes(n, size, g):
+    (y, x), f, a = plane(size), math.pi*_between(2, 8, n, g), _between(0, math.pi, n, g)
     return (f*(x*a.cos() + y*a.sin())).sin()
-def discs(n, size, g): y, x = plane(size); return between(.2, .6, n, g) - (x**2 + y**2).sqrt()
-def rectangles(n, size, g):
+def _discs(n, size, g): y, x = plane(size); return _between(.2, .6, n, g) - (x**2 + y**2).sqrt()
+def _rectangles(n, size, g):
     (y, x), k = plane(size), torch.randint(3, 8, (n, 1, 1), generator=g)
-    inside = lambda v: (v > (ends := torch.stack([between(-1, 1, n, g) for _ in 'ab'])).amin(0)) & (v < ends.amax(0))
+    inside = lambda v: (v > (ends := torch.stack([_between(-1, 1, n, g) for _ in 'ab'])).amin(0)) & (v < ends.amax(0))
     return sum(inside(y) & inside(x) & (i < k) for i in range(7)) - .5
 
 # %% ../nbs/08_data.ipynb #e28d6f12
@@ -237,7 +236,7 @@ def piecewise(
     g:torch.Generator, # source of all choices
 )->Tensor: # (n, size, size), -1 and 1
     "Checkerboards, stripes, discs and rectangles"
-    kinds = checks, stripes, discs, rectangles
+    kinds = _checks, _stripes, _discs, _rectangles
     counts = torch.randint(len(kinds), (n,), generator=g).bincount(minlength=len(kinds))
     x = torch.cat([kind(int(c), size, g) for kind,c in zip(kinds, counts)])
     return (x > 0)[torch.randperm(n, generator=g)]*2. - 1
@@ -249,7 +248,7 @@ def texture(
     g:torch.Generator, # source of all choices
 )->Tensor: # (n, size, size), within [-1, 1]
     "Waves of one frequency, direction and phase in a Gaussian window of width .25"
-    (y, x), f, a, phi = plane(size), *(between(lo, hi, n, g)
+    (y, x), f, a, phi = plane(size), *(_between(lo, hi, n, g)
                                        for lo,hi in ((1, min(10, .9*size/4)), (0, math.pi), (-math.pi, math.pi)))
     return (2*math.pi*f*(x*a.cos() + y*a.sin()) + phi).sin()*(-(x**2 + y**2)/(2*.25**2)).exp()
 
@@ -261,7 +260,7 @@ def random_field(
 )->Tensor: # (n, size, size), within [-1, 1]
     "Gaussian fields of power f**-a, a uniform in 0 to 2, over their largest value"
     x = hartley(torch.randn(n, 1, size, size, generator=g)*
-                power_law((size, size), 1.)**(between(0, 2, n, g)[:, None]/2))[:, 0]
+                power_law((size, size), 1.)**(_between(0, 2, n, g)[:, None]/2))[:, 0]
     return x/x.abs().amax((1, 2), keepdim=True)
 
 # %% ../nbs/08_data.ipynb #89690b10
@@ -294,8 +293,8 @@ def cifar10(
     bad = [folder/f for f,md5 in parts if not intact(folder/f, md5)]
     if bad and tgz.exists() and not intact(tgz, CIFAR10.tgz_md5):
         raise ValueError(f'{tgz} is damaged (its MD5 sum is wrong): delete it, then cifar10(download=True)')
-    if bad and bad[0].exists() and not tgz.exists():
-        raise ValueError(f'{bad[0]} is damaged (its MD5 sum is wrong): delete {folder}, then cifar10(download=True)')
+    if there := [f for f in bad if f.exists() and not tgz.exists()]:
+        raise ValueError(f'{there[0]} is damaged (its MD5 sum is wrong): delete {folder}, then cifar10(download=True)')
     if bad and not tgz.exists() and not download:
         raise FileNotFoundError(f'no CIFAR-10 in {root}: put {tgz.name} there, or call cifar10(download=True)')
     tr, te = [CIFAR10(root, train, download=bool(bad)) for train in (True, False)]
@@ -401,7 +400,9 @@ def truncated_mean(mean:Tensor, # centre of the normal variable
 # %% ../nbs/08_data.ipynb #82c4153b
 class Box:
     "Exact denoiser of points that are uniform in a box"
-    def __init__(self, schedule, half): self.schedule,self.half = schedule,torch.as_tensor(half, dtype=torch.float64)
+    def __init__(self, schedule, # of the noise
+                 half # half its sides, (2,)
+                ): self.schedule,self.half = schedule,torch.as_tensor(half, dtype=torch.float64)
     def __call__(self, x, t, cond=None):
         a, s = self.schedule.coeffs(t, x.double())
         return truncated_mean(x/a, s/a, -self.half, self.half).to(x)
@@ -431,7 +432,12 @@ def _spots():
 # %% ../nbs/08_data.ipynb #17ac371c
 class Spots:
     "Exact denoiser of spots that are blurred by a step of uniform length in any direction"
-    def __init__(self, schedule, centres, weights, radius, nodes=16):
+    def __init__(self, schedule, # of the noise
+                 centres, # of the spots, (K, 2)
+                 weights, # share of the points that each has, (K,)
+                 radius, # longest step from a centre
+                 nodes=16 # of the quadrature over the step
+                ):
         u, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(nodes))
         self.schedule,self.m,self.logw,self.R = schedule,centres.double(),weights.double().log(),radius
         self.r,self.logv = (u+1)/2*radius, (w/2).log()

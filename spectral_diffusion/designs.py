@@ -65,7 +65,9 @@ def contrasts(x:np.ndarray # levels, (N,) int
     return np.linalg.qr(h)[0][:,1:]*len(x)**.5
 
 # %% ../nbs/28_designs.ipynb #bdb56958
-def mimicry(a, b, c # levels of three columns, (N,) int each
+def mimicry(a, # levels of a column, (N,) int
+            b, # of another
+            c # of a third
            ) -> float: # in [0, 1]
     "The share of the main effect of `a` that an interaction of `b` and `c` can produce"
     A, B, C = map(contrasts, (a, b, c))
@@ -95,7 +97,10 @@ def clearest(array:str, # a name in `arrays`
 # %% ../nbs/28_designs.ipynb #86f501e0
 class Design(list):
     "Runs as dicts. `array`: its name, `factors`: name -> choices, `x`: levels (N, F)"
-    def __init__(self, array, factors, x):
+    def __init__(self, array, # name of the orthogonal array
+                 factors, # name -> choices
+                 x # levels, (N, F) int
+                ):
         self.array,self.factors,self.x = array,factors,x
         check_orthogonal(x, list(factors))
         if len(np.unique(x, axis=0)) < len(x):

@@ -48,7 +48,7 @@ def error_map(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
              ) -> Tensor: # (L, n_bands) mean squared error per coefficient
     "Squared error of x0_hat per log-SNR and ring"
     idx, out = bands(x0.shape[2:], n_bands), []
-    for l in logsnrs:
+    for l in progress(logsnrs, desc='error map', after=1.):
         t = denoiser.schedule.t_of(torch.as_tensor(float(l), dtype=torch.float64)).clamp(min=1e-6)
         xt = denoiser.schedule.corrupt(x0, noise_like(x0, generator), t)
         out.append(band_mean(hartley(denoiser(xt, t).float() - x0).square().mean((0,1)), idx))
@@ -87,7 +87,9 @@ Check.__doc__ = 'One rung: its `name`, whether it is `ok`, and the `evidence`'
 # %% ../nbs/20_diagnostics.ipynb #d5d5db8d
 class Known:
     "The denoiser that knows the answer, and remembers what it was asked"
-    def __init__(self, schedule, x0): self.schedule,self.x0,self.asked = schedule,x0,[]
+    def __init__(self, schedule, # of the model that it stands for
+                 x0 # the answer, (B, C, *S)
+                ): self.schedule,self.x0,self.asked = schedule,x0,[]
     def __call__(self, x, t, cond=None): self.asked.append((float(torch.as_tensor(t).flatten()[0]), x)); return self.x0
 
 # %% ../nbs/20_diagnostics.ipynb #9b9411cf
@@ -106,7 +108,7 @@ def check_steps(sampler, # f(denoiser, x_T, grid, generator=...) -> result with 
     worst = max((level(t, x) for t, x in D.asked), key=lambda v: abs(v-1))
     miss = ((end - x0).square().mean().sqrt()/x0.std()).item()
     return Check('steps with the true answer', abs(worst-1) < .15 and miss < .05,
-                 f'noise is {worst:.2f} of what it should be at worst; the end misses x0 by {miss:.1%} of its std')
+                 f'noise is {worst:.3g} times what it should be at worst; the end misses x0 by {miss:.1%} of its std')
 
 # %% ../nbs/20_diagnostics.ipynb #bf444baf
 def check_gaussian(sampler, # f(denoiser, x_T, grid, generator=...) -> result with field `x`

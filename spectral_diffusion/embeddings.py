@@ -25,7 +25,7 @@ def waves(x:Tensor, # numbers, (B,)
 # %% ../nbs/10_embeddings.ipynb #0c2abf0b
 def smoothness(embed, # numbers (B,) -> features (B, dim)
                x:Tensor # ordered numbers, e.g. all noise levels of a table, (B,)
-              ) -> float: # mean cosine similarity of neighbours, -1 to 1; for a thousand levels sound above .9, and exactly 1 means deaf
+              ) -> float: # mean cosine similarity of neighbours, -1 to 1; sound above .9 for a thousand levels
     "Do neighbouring noise levels look alike?"
     E = embed(x)
     return torch.cosine_similarity(E[1:], E[:-1]).mean().item()
@@ -120,13 +120,21 @@ def rows(table:Tensor, # (E or 1, U, d), one row per noise level
 # %% ../nbs/10_embeddings.ipynb #eb488a72
 class StaticGate(nn.Module):
     "A learned factor per feature (seed 004, run 1)"
-    def __init__(self, E, n, emb): super().__init__(); self.g = nn.Parameter(torch.ones(E, 1, 2*n))
+    def __init__(self, E, # members of the ensemble
+                 n, # frequencies
+                 emb # width of the embedded log-SNR; not used
+                ): super().__init__(); self.g = nn.Parameter(torch.ones(E, 1, 2*n))
     def forward(self, logsnr, e, omega): return self.g
 
 # %% ../nbs/10_embeddings.ipynb #833fb6b6
 class MLPGate(nn.Module):
     "Factors from a perceptron: sigmoid, on the log-SNR as a number (seed 004, run 2); `free`: no sigmoid, on its embedding"
-    def __init__(self, E, n, emb, free=False, hidden=64):
+    def __init__(self, E, # members of the ensemble
+                 n, # frequencies
+                 emb, # width of the embedded log-SNR
+                 free=False, # no sigmoid, and on the embedding?
+                 hidden=64 # width of the perceptron
+                ):
         super().__init__()
         self.a,self.b,self.free = Dense(E, emb if free else 1, hidden), Dense(E, hidden, 2*n), free
     def forward(self, logsnr, e, omega):
@@ -136,7 +144,13 @@ class MLPGate(nn.Module):
 # %% ../nbs/10_embeddings.ipynb #944ea94e
 class AttentionGate(nn.Module):
     "Softmax over the bands of each axis (seed 004, run 3); `repaired`: times their number, and equal at first"
-    def __init__(self, E, n, emb, repaired=False, head=32, axes=2):
+    def __init__(self, E, # members of the ensemble
+                 n, # frequencies
+                 emb, # width of the embedded log-SNR
+                 repaired=False, # times their number, and equal at first?
+                 head=32, # width of queries and keys
+                 axes=2 # of the coordinates; each has its own softmax
+                ):
         super().__init__()
         self.q,self.axes,self.scale = Dense(E, emb, head), axes, n//axes if repaired else 1
         self.key = nn.Parameter(torch.zeros(E, head, n) if repaired else torch.randn(E, head, n))
@@ -147,7 +161,10 @@ class AttentionGate(nn.Module):
 # %% ../nbs/10_embeddings.ipynb #1d301a2f
 class HeatGate(nn.Module):
     "The heat kernel: nothing to learn"
-    def __init__(self, E, n, emb): super().__init__()
+    def __init__(self, E, # members of the ensemble; not used
+                 n, # frequencies; not used
+                 emb # width of the embedded log-SNR; not used
+                ): super().__init__()
     def forward(self, logsnr, e, omega):
         g = heat_gate(omega, logsnr)
         return g if g.ndim == 3 else g[None]
@@ -155,7 +172,11 @@ class HeatGate(nn.Module):
 # %% ../nbs/10_embeddings.ipynb #4fb2312c
 class HybridGate(HeatGate):
     "Heat kernel + tanh of a perceptron on the noise level, which starts at 0"
-    def __init__(self, E, n, emb, hidden=64):
+    def __init__(self, E, # members of the ensemble
+                 n, # frequencies
+                 emb, # width of the embedded log-SNR
+                 hidden=64 # width of the perceptron
+                ):
         super().__init__(E, n, emb)
         self.a,self.b = Dense(E, emb, hidden), Dense(E, hidden, n)
         for p in self.b.parameters(): nn.init.zeros_(p)

@@ -973,7 +973,7 @@ def _visible(c):
 # %% ../nbs/22_experiments.ipynb #d1b73f0e
 def relink(
     text, # markdown whose relative links start in `folder`
-    folder='nbs',
+    folder='nbs', # where they start, seen from the root
 ):
     "`text` with relative links and image sources starting at the root"
     def sub(m):

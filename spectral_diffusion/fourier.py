@@ -130,7 +130,8 @@ def psd_of(x:Tensor, # fields, (B, C, *S)
 def plot_psd(ax, # matplotlib axes
              f:Tensor, # frequency (n), cycles/pixel, from `rapsd`
              p:Tensor, # power (n)
-             **kwargs):
+             **kwargs # to matplotlib's `loglog`
+            ):
     "Draw a power spectrum on log-log axes, without its zero frequency"
     ax.loglog(f[1:], p[1:], **kwargs)
     ax.set(xlabel='frequency (cycles/pixel)', ylabel='power')

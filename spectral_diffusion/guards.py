@@ -244,7 +244,8 @@ faults = dict(
 # %% ../nbs/16_guards.ipynb #a92bbd32
 class Trace:
     "Everything that happened, in the order in which it happened; R2 on `probe` every 10 batches"
-    def __init__(self, probe):
+    def __init__(self, probe # clean fields that R2 is measured on, (N, C, *S)
+                ):
         self.guard,self.loss,self.norm,self.r2,self.marks = CollapseGuard(probe),[],[],[],[]; self.skips = 0
     def ready(self, s): self.s = s
     def after_step(self, s):

@@ -44,7 +44,12 @@ def schedule_of(scheduler # of diffusers
 # %% ../nbs/23_interop.ipynb #7a700eb2
 class Wrapped(Denoiser):
     "A denoiser around a network of another library, which is asked as `call(net, x_t, step, cond)`"
-    def __init__(self, net, schedule, target, call, clock):
+    def __init__(self, net, # the network
+                 schedule, # that it was trained with
+                 target, # what it answers: eps, x0, v, u or F
+                 call, # (net, x_t, step, cond) -> its answer
+                 clock # t -> the number that the network is told
+                ):
         super().__init__(net, schedule, target)
         self.call,self.clock = call,clock
 
@@ -64,7 +69,11 @@ def wrap(net, # module or function: (x_t, step (B,)) -> answer, (B, C, *S)
     return Wrapped(net, schedule, target, call, lambda t: to_step(t, K))
 
 # %% ../nbs/23_interop.ipynb #846e03fb
-def ask_diffusers(net, x, step, cond):
+def ask_diffusers(net, # a UNet2DModel, or a transformer of that kind
+                  x, # noisy field, (B, C, H, W)
+                  step, # what its scheduler calls the timestep, (B,)
+                  cond # class labels (B,), a dict of keyword arguments, or None
+                 ):
     "Ask a diffusers model; `cond` is class labels, or a dict of its keyword arguments"
     kw = cond if isinstance(cond, dict) else {} if cond is None else dict(class_labels=cond)
     return net(x, step, **kw).sample[:,:x.shape[1]]

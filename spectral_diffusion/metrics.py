@@ -373,7 +373,8 @@ def kid_subsets(
     "The KID of random subsets"
     pick = lambda f: torch.stack([torch.randperm(len(f), generator=generator)[:size] for _ in range(subsets)])
     I,J = pick(fa),pick(fb)
-    if len(fa)*len(fb) > subsets*size**2: return torch.stack([mmd2(fa[i], fb[j]) for i,j in zip(I,J)])
+    if len(fa)*len(fb) > subsets*size**2:
+        return torch.stack([mmd2(fa[i], fb[j]) for i,j in progress([*zip(I,J)], desc='subsets', after=1.)])
     member = lambda I,f: torch.zeros(subsets, len(f), dtype=torch.float64).scatter_(1, I, 1)
     A,B = member(I, fa),member(J, fb)
     within = lambda K,W: ((W@K)*W).sum(1)/(size*(size-1))
@@ -576,7 +577,10 @@ def ssim_parts(
     cs = (2*c + (.03*span)**2)/(vx + vy + (.03*span)**2)
     return tuple(v.flatten(1).mean(1) for v in ((2*a*b + (.01*span)**2)/(a*a + b*b + (.01*span)**2)*cs, cs))
 
-def ssim(x, y, span=2.): # as in `ssim_parts`
+def ssim(x, # fields, (B, C, *S)
+         y, # fields, as `x`
+         span=2. # largest value minus smallest
+        ):
     "Structural similarity, (B), at most 1"
     return ssim_parts(x, y, span)[0]
 
@@ -627,12 +631,16 @@ def _areas(a, b):
     a, b = a.flatten(1).double(), b.flatten(1).double()
     return (a*b).sum(1), a.sum(1), b.sum(1)
 
-def dice(a:Tensor, b:Tensor): # masks of 0 and 1, (B, ...)
+def dice(a:Tensor, # masks of 0 and 1, (B, ...)
+         b:Tensor # masks, as `a`
+        ):
     "Twice the common volume over the sum of both, (B), 0 to 1; NaN where both are empty"
     both, a, b = _areas(a, b)
     return 2*both/(a + b)
 
-def overlap(a:Tensor, b:Tensor): # masks of 0 and 1, (B, ...)
+def overlap(a:Tensor, # masks of 0 and 1, (B, ...)
+            b:Tensor # masks, as `a`
+           ):
     "Common volume over that of the union, (B), 0 to 1; NaN where both are empty"
     both, a, b = _areas(a, b)
     return both/(a + b - both)

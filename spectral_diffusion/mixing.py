@@ -73,7 +73,13 @@ def lattice(order:int, # largest frequency of a feature along each dim
 # %% ../nbs/11_mixing.ipynb #19db3269
 @lru_cache(64)
 @torch.inference_mode(False)
-def torus_waves(size, order, low, span, dtype, device):
+def torus_waves(size, # of the field, (*S)
+                order, # waves per dim
+                low, # as in `SpectralMixer`
+                span, # as in `SpectralMixer`
+                dtype, # of the answer
+                device # of the answer
+               ):
     "Cosines (K, bins) and sines (K-1, bins) of the warped frequency"
     v = (coords(size, span)/low).asinh()/math.asinh(.5/low)
     angle = math.pi*lattice(order, len(size)).double() @ v.flatten(0, -2).T
@@ -82,7 +88,14 @@ def torus_waves(size, order, low, span, dtype, device):
 # %% ../nbs/11_mixing.ipynb #2ea7e9a8
 class Filter(nn.Module):
     "Responses that are continuous in frequency, one per channel; 1 everywhere at the start"
-    def __init__(self, channels, dim, order, low, span, allpass, cond):     # as in `SpectralMixer`
+    def __init__(self, channels, # filters
+                 dim, # spatial dims
+                 order, # waves per dim
+                 low, # as in `SpectralMixer`
+                 span, # as in `SpectralMixer`
+                 allpass, # turn phases only?
+                 cond # functions of the log-SNR to blend with; 0: it is not heard
+                ):
         super().__init__()
         self.args,K = (order, low, span),len(lattice(order, dim))
         bank = lambda k: nn.Parameter(torch.cat([torch.zeros(1, channels, k), torch.randn(cond, channels, k)/k]))
@@ -171,7 +184,10 @@ def response(self:SpectralMixer,
 
 # %% ../nbs/11_mixing.ipynb #861a606e
 @patch
-def mix(self:SpectralMixer, x, logsnr=None):
+def mix(self:SpectralMixer, x:Tensor, # field, (B, C, *S)
+        logsnr:Tensor=None # (B,), if the mixer was built with a condition
+       ) -> Tensor: # the same shape
+    "Filter every channel"
     if x.ndim != self.dim + 2:
         raise ValueError(f'this mixer is for {self.dim} spatial dims, the field has shape {tuple(x.shape)}')
     size = tuple(n*(1 + self.causal) for n in x.shape[2:])

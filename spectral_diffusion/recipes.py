@@ -65,7 +65,8 @@ class Recipe:
 # %% ../nbs/21_recipes.ipynb #207bdaff
 recipes = {}
 
-def add(*rs:Recipe):
+def add(*rs:Recipe # the recipes; a name is given once
+       ):
     "Enter recipes into the table"
     for r in rs:
         if r.name in recipes:
@@ -279,7 +280,8 @@ def _same(name, mode='bravo', make=_wide, dims=0, of=_pixel, **kw):
                    **dict(loss=SizeWeighted(m.weights) if m.weights else of.loss, best=None, fate='') | kw)
 
 # %% ../nbs/21_recipes.ipynb #c88002fd
-def add_volume(*rs:VolumeRecipe):
+def add_volume(*rs:VolumeRecipe # the recipes; a name is given once
+              ):
     "Enter recipes of volumes into their table"
     for r in rs:
         if r.name in volume_recipes:

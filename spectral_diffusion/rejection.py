@@ -298,7 +298,15 @@ def fit_head(head:nn.Module, # `RatioHead`, or a module (x_t, t) -> (B,); traine
     return res
 
 # %% ../nbs/19_rejection.ipynb #1a6c4f06
-def head_step(head, denoiser, real, fake, batch, density, opt, generator):
+def head_step(head, # the head, trained in place
+              denoiser, # whose features it reads
+              real, # clean fields, (N, C, *S)
+              fake, # samples of the denoiser, (M, C, *S)
+              batch, # fields of each kind
+              density, # where to train: u -> log-SNR
+              opt, # its optimiser
+              generator # of choice, times and noise
+             ):
     "One step of logistic regression on a balanced, noised batch"
     pick = lambda x: x[torch.randint(len(x), (batch,), generator=generator)]
     x0, t = torch.cat([pick(real), pick(fake)]), draw_t(denoiser.schedule, 2*batch, density, generator)

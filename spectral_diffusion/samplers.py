@@ -27,7 +27,9 @@ Sample.__doc__ = 'What a sampler returns: the fields `x` and `nfe`, how often th
 # %% ../nbs/06_samplers.ipynb #eed88cfe
 class Asker:
     "Asks a denoiser in its schedule's coordinates, counts, and reports to the callback"
-    def __init__(self, denoiser, callback=None):
+    def __init__(self, denoiser, # D(x, t) -> x0
+                 callback=None # (nfe, t, x, x0) -> None; None: nobody
+                ):
         self.D,self.schedule,self.callback,self.nfe = denoiser,denoiser.schedule,callback,0
 
     def __call__(self, X, t):
@@ -101,7 +103,13 @@ def sample_ddim(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     return _march(plan, denoiser, x_T, grid, generator, callback, jump)
 
 # %% ../nbs/06_samplers.ipynb #1720d1d7
-def sample_ddpm(denoiser, x_T, grid, generator=None, callback=None, jump=True):
+def sample_ddpm(denoiser, # D(x, t) -> x0
+                x_T, # starting fields at grid[0], (B, C, *S)
+                grid, # falling times, (n,)
+                generator=None, # of the fresh noise
+                callback=None, # (nfe, t, x, x0) -> None
+                jump=True # end with x0 asked at grid[-1]?
+               ):
     "Ancestral sampling, re-spaced (Ho et al. 2020): DDIM with all of the noise renewed"
     return sample_ddim(denoiser, x_T, grid, 1., generator, callback, jump)
 

@@ -18,15 +18,18 @@ from .runs import styles
 from .fourier import hartley, freqs, noise_like, Noise
 
 # %% ../nbs/04_schedules.ipynb #da5904c8
-def vp(logsnr:Tensor) -> tuple:
+def vp(logsnr:Tensor # log-SNR, any shape
+      ) -> tuple:
     "alpha and sigma with alpha^2 + sigma^2 = 1"
     return logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
 
-def ve(logsnr:Tensor) -> tuple:
+def ve(logsnr:Tensor # log-SNR, any shape
+      ) -> tuple:
     "alpha and sigma with alpha = 1"
     return torch.ones_like(logsnr), (-logsnr/2).exp()
 
-def flow_path(logsnr:Tensor) -> tuple:
+def flow_path(logsnr:Tensor # log-SNR, any shape
+             ) -> tuple:
     "alpha and sigma with alpha + sigma = 1"
     return (logsnr/2).sigmoid(), (-logsnr/2).sigmoid()
 

@@ -70,7 +70,10 @@ def adamw(params, # parameters, or groups of them
 # %% ../nbs/15_training.ipynb #238b8d6e
 class Stop(Exception): "Raised by a callback to end training in good order"
 
-def call(s, callbacks, when):
+def call(s, # the `TrainState`
+         callbacks, # objects
+         when # name of the method
+        ):
     "Call every callback that has a method of that name"
     for c in callbacks:
         if hasattr(c, when): getattr(c, when)(s)
@@ -92,7 +95,8 @@ def set_rng_state(r # from `rng_state`
 # %% ../nbs/15_training.ipynb #194f707d
 class TrainState(SimpleNamespace):
     "What a training run is at one moment; `fit` makes it, callbacks see it"
-    def __init__(self, **kw):
+    def __init__(self, **kw # fields of the state
+                ):
         super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[], t0=time.time(), **kw)
     main = property(lambda self: not self.accelerator or self.accelerator.is_main_process)
     @property

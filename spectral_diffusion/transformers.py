@@ -64,7 +64,10 @@ class QKNorm(nn.Module):
 # %% ../nbs/13_transformers.ipynb #03471e3a
 class DiTBlock(nn.Module):
     "x + gate attention(modulated norm(x)), then the same with a perceptron"
-    def __init__(self, width, heads, emb):
+    def __init__(self, width, # channels
+                 heads, # of attention
+                 emb # width of the embedding
+                ):
         super().__init__()
         self.norm = ChannelNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn,self.mlp = SelfAttention(width, heads),nn.Sequential(

@@ -30,7 +30,8 @@ def layer(name:str, # Conv, ConvTranspose, AvgPool
     return getattr(nn, f'{name}{dim}d')
 
 # %% ../nbs/12_unets.ipynb #e4586f25
-def zero(module:nn.Module) -> nn.Module:
+def zero(module:nn.Module # a layer
+        ) -> nn.Module:
     "Set all parameters of a layer to zero"
     for p in module.parameters(): nn.init.zeros_(p)
     return module
@@ -60,7 +61,12 @@ def pointwise(dim:int, # spatial dims, 1 to 3
 # %% ../nbs/12_unets.ipynb #51c0dafc
 class ResBlock(nn.Module):
     "x + conv(FiLM(conv(x))): starts as the identity (or a 1x1 convolution where channels change)"
-    def __init__(self, dim, c_in, c_out, emb, dropout=0.):
+    def __init__(self, dim, # spatial dims
+                 c_in, # channels in
+                 c_out, # channels out
+                 emb, # width of the embedding
+                 dropout=0. # share of activations
+                ):
         super().__init__()
         conv = layer('Conv', dim)
         self.norm1,self.conv1 = norm(c_in), conv(c_in, c_out, 3, padding=1)
@@ -75,7 +81,9 @@ class ResBlock(nn.Module):
 # %% ../nbs/12_unets.ipynb #917ccf55
 class Attention(nn.Module):
     "Multi-head self-attention over all positions of a field, as a residual"
-    def __init__(self, channels, head=32):
+    def __init__(self, channels, # of the field
+                 head=32 # channels per head, about
+                ):
         super().__init__()
         self.norm,self.heads = norm(channels), max(h for h in range(1, channels//head+2) if channels % h == 0)
         self.qkv,self.out = nn.Linear(channels, 3*channels), zero(nn.Linear(channels, channels))
@@ -107,7 +115,12 @@ def tents(size, # spatial size, S
 # %% ../nbs/12_unets.ipynb #40364df6
 class BandGain(nn.Module):
     "Log-gain of every channel and radial band, from the noise level and, if `listen`, the bands' powers; 0 at first"
-    def __init__(self, channels, emb, n, listen=True, hidden=32):
+    def __init__(self, channels, # of the field
+                 emb, # width of the embedding
+                 n, # bands
+                 listen=True, # hear the bands' powers?
+                 hidden=32 # width of the perceptron
+                ):
         super().__init__()
         self.listen = listen
         self.net = nn.Sequential(nn.Linear(emb + listen*n*channels, hidden), nn.SiLU(),
@@ -119,7 +132,12 @@ class BandGain(nn.Module):
 # %% ../nbs/12_unets.ipynb #00f58c16
 class ModeMatrix(nn.Module):
     "Complex matrices over blocks of channels, continuous in frequency: real and imaginary parts (modes, blocks, g, g); 0 at first"
-    def __init__(self, dim, channels, blocks, order=1, low=1/16):                 # `order` and `low` as in `SpectralMixer`
+    def __init__(self, dim, # spatial dims
+                 channels, # of the field
+                 blocks, # into which they are split
+                 order=1, # as in `SpectralMixer`
+                 low=1/16 # as in `SpectralMixer`
+                ):
         super().__init__()
         self.args,self.shape = (order, low, None), (blocks, *[channels//blocks]*2)
         K, n = len(lattice(order, dim)), math.prod(self.shape)
@@ -176,7 +194,12 @@ def mode_product(R:Tensor, # (modes, blocks, 2, B, g)
 # %% ../nbs/12_unets.ipynb #3062d7c4
 class SpectralBranch(Mixer):
     "irfftn(B g P/(P + N) (1 + A) rfftn(x)): matrices over channels at every frequency, between them a gain and a floor; 0 at first"
-    def __init__(self, dim, channels, emb, blocks=1, n=4):
+    def __init__(self, dim, # spatial dims
+                 channels, # of the field
+                 emb, # width of the embedding
+                 blocks=1, # into which the channels are split
+                 n=4 # bands of gain and floor
+                ):
         super().__init__()
         if channels % blocks: raise ValueError(f'{channels} channels cannot be split into {blocks} blocks')
         self.blocks,self.n = blocks, n
@@ -198,7 +221,12 @@ class SpectralBranch(Mixer):
 # %% ../nbs/12_unets.ipynb #3ef56edb
 class SpectralBlock(ResBlock):
     "x + branch(FiLM(conv(x))): a residual block whose second convolution is a `SpectralBranch`; starts as the identity"
-    def __init__(self, dim, c_in, c_out, emb, dropout=0.):
+    def __init__(self, dim, # spatial dims
+                 c_in, # channels in
+                 c_out, # channels out
+                 emb, # width of the embedding
+                 dropout=0. # share of activations
+                ):
         super().__init__(dim, c_out, c_out, emb, dropout)
         self.skip = pointwise(dim, c_in, c_out) if c_in != c_out else nn.Identity()
         self.conv2 = SpectralBranch(dim, c_out, emb)
@@ -211,7 +239,12 @@ class SpectralBlock(ResBlock):
 # %% ../nbs/12_unets.ipynb #d99b6fbf
 class BandShift(nn.Module):
     "By how many pixels each band of each channel moves, from attention over the bands; 0 at first"
-    def __init__(self, dim, channels, emb, n, width=32):
+    def __init__(self, dim, # spatial dims
+                 channels, # of the field
+                 emb, # width of the embedding
+                 n, # bands
+                 width=32 # of the attention
+                ):
         super().__init__()
         self.power,self.level,self.place = (nn.Linear(channels, width), nn.Linear(emb, width),
                                             nn.Parameter(torch.randn(n, width)/8))
@@ -273,13 +306,18 @@ class SkipFilter(Adapter):
 # %% ../nbs/12_unets.ipynb #1a8d1e5f
 class Bottleneck(nn.Module):
     "The innermost level; its output is what `bottleneck` returns"
-    def __init__(self, a, attn, b): super().__init__(); self.a,self.attn,self.b = a,attn,b
+    def __init__(self, a, # residual block
+                 attn, # attention, or nothing
+                 b # residual block
+                ): super().__init__(); self.a,self.attn,self.b = a,attn,b
     def forward(self, h, e): return self.b(self.attn(self.a(h, e)), e)
 
 # %% ../nbs/12_unets.ipynb #3758ed69
 class Adapted(nn.Module):
     "A residual block with an adapter behind it"
-    def __init__(self, block, adapter): super().__init__(); self.block,self.adapter = block,adapter
+    def __init__(self, block, # a residual block
+                 adapter # a mixer
+                ): super().__init__(); self.block,self.adapter = block,adapter
     def forward(self, x, e): return self.adapter(self.block(x, e), e=e)
 
 # %% ../nbs/12_unets.ipynb #30ad634a
@@ -444,7 +482,11 @@ def mixing_macs(net:nn.Module, # a network
 # %% ../nbs/12_unets.ipynb #027cad6c
 class ResidualDense(nn.Module):
     "h + dense(relu(h)), or with FiLM h + a dense(relu((1 + g) h + b)), a = 0 at first"
-    def __init__(self, E, width, emb, film):
+    def __init__(self, E, # members of the ensemble
+                 width, # features
+                 emb, # width of the embedding
+                 film # hear it?
+                ):
         super().__init__()
         self.dense,self.film = Dense(E, width, width), zero(Dense(E, emb, 3*width)) if film else None
     def forward(self, h, e, k):
@@ -530,7 +572,11 @@ class MemberLoss:
 # %% ../nbs/12_unets.ipynb #98c8e495
 class SeedResBlock(ResBlock):
     "Seed 002's residual block: 32 groups, the noise level shifts, nothing starts at zero"
-    def __init__(self, c_in, c_out, emb, dropout):
+    def __init__(self, c_in, # channels in
+                 c_out, # channels out
+                 emb, # width of the embedding
+                 dropout # share of activations
+                ):
         super().__init__(2, c_in, c_out, emb, dropout)
         self.norm1,self.norm2,self.film = nn.GroupNorm(32, c_in), nn.GroupNorm(32, c_out), nn.Linear(emb, c_out)
         self.conv2.reset_parameters()
@@ -586,7 +632,12 @@ class InvertedStepEmbedding(StepEmbedding):
 # %% ../nbs/12_unets.ipynb #b8003e8b
 class VolumeResBlock(ResBlock):
     "Seed 003's residual block: the noise level shifts"
-    def __init__(self, dim, c_in, c_out, emb, groups):
+    def __init__(self, dim, # spatial dims
+                 c_in, # channels in
+                 c_out, # channels out
+                 emb, # width of the embedding
+                 groups # of the normalisation
+                ):
         super().__init__(dim, c_in, c_out, emb)
         self.norm1,self.norm2,self.film = (nn.GroupNorm(groups, c_in, 1e-6), nn.GroupNorm(groups, c_out, 1e-6),
                                            nn.Linear(emb, c_out))
@@ -608,7 +659,14 @@ def repeat_conv(conv:nn.Module, # convolution of side 3
 # %% ../nbs/12_unets.ipynb #22ef8243
 class VolumeLevel(nn.Module):
     "A residual block and, where wanted, attention"
-    def __init__(self, dim, c_in, c_out, emb, attn, groups, head):
+    def __init__(self, dim, # spatial dims
+                 c_in, # channels in
+                 c_out, # channels out
+                 emb, # width of the embedding
+                 attn, # with attention?
+                 groups, # of the normalisation
+                 head # channels per head
+                ):
         super().__init__()
         self.res,self.attn = VolumeResBlock(dim, c_in, c_out, emb, groups), Attention(c_out) if attn else nn.Identity()
         if attn: self.attn.norm,self.attn.heads = nn.GroupNorm(groups, c_out, 1e-6), c_out//head
@@ -616,7 +674,9 @@ class VolumeLevel(nn.Module):
 
 class Step(nn.Module):
     "A convolution between two levels; the noise level is not heard"
-    def __init__(self, conv, up): super().__init__(); self.conv,self.up = conv, up
+    def __init__(self, conv, # the convolution
+                 up # to a finer level?
+                ): super().__init__(); self.conv,self.up = conv, up
     def forward(self, h, e, size=None):
         if not self.up: return self.conv(h)
         return (repeat_conv(self.conv, h) if all(n == 2*m for n, m in zip(size, h.shape[2:]))
@@ -697,7 +757,12 @@ def go_up(self:VolumeUNet,
     return again(self.recompute, self.head, h)
 
 @patch
-def forward(self:VolumeUNet, x, logsnr, cond=None):
+def forward(self:VolumeUNet,
+            x:Tensor, # scaled noisy field, (B, C, *S)
+            logsnr:Tensor, # (B,)
+            cond=None # as in `UNet`
+           ) -> Tensor: # the answer, (B, out, *S)
+    "Down, across and up"
     e = self.embed(logsnr, cond)
     return self.go_up(*self.go_down(x, e), e)
 
@@ -729,7 +794,10 @@ def take_over(
 # %% ../nbs/12_unets.ipynb #a037f65f
 class SeedConvBlock(nn.Module):
     "Seed 000's block: convolve, normalise as one group, activate, twice"
-    def __init__(self, i, o, emb):
+    def __init__(self, i, # channels in
+                 o, # channels out
+                 emb # width of the embedding
+                ):
         super().__init__()
         self.conv1,self.norm1,self.conv2,self.norm2 = (nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(1, o),
                                                        nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(1, o))
@@ -770,7 +838,10 @@ class TinyUNet(nn.Module):
 # %% ../nbs/12_unets.ipynb #e794ad31
 class ComplexConv(nn.Module):
     "Complex convolution of (2B, C, *S), real parts first"
-    def __init__(self, name, *args, **kw):
+    def __init__(self, name, # kind of layer: 'Conv' or 'ConvTranspose'
+                 *args, # of the layer
+                 **kw # of the layer
+                ):
         super().__init__()
         self.re,self.im = (layer(name, 2)(*args, **kw) for _ in range(2))
     def forward(self, h):
@@ -780,7 +851,8 @@ class ComplexConv(nn.Module):
 # %% ../nbs/12_unets.ipynb #267b0bf1
 class ComplexNorm(nn.Module):
     "Batch norm of real and imaginary parts"
-    def __init__(self, c): super().__init__(); self.re,self.im = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+    def __init__(self, c # channels
+                ): super().__init__(); self.re,self.im = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
     def forward(self, h): a, b = h.chunk(2); return torch.cat([self.re(a), self.im(b)])
 
 class ComplexSiLU(nn.Module):
@@ -797,7 +869,8 @@ def complex_layer(i:int, # channels in
 
 class ComplexResBlock(nn.Module):
     "h + two complex layers"
-    def __init__(self, c):
+    def __init__(self, c # channels
+                ):
         super().__init__()
         self.layers = nn.Sequential(complex_layer(c, c), complex_layer(c, c, False))
     def forward(self, h): return h + self.layers(h)

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 import pytest, torch, tqdm, tqdm.auto
 from spectral_diffusion import runs
 from spectral_diffusion.benchmarks import fresh, interleave
+from spectral_diffusion.codecs import Haar, Latent, admit, field_error
 from spectral_diffusion.data import Batches, digits, to_field
 from spectral_diffusion.denoisers import Denoiser, Gaussian
 from spectral_diffusion.designs import design, measure
-from spectral_diffusion.diagnostics import learning, triage
+from spectral_diffusion.diagnostics import error_map, learning, triage
 from spectral_diffusion.guards import study
-from spectral_diffusion.metrics import features, frechet_ci, nearest
+from spectral_diffusion.metrics import features, frechet_ci, kid_subsets, nearest
 from spectral_diffusion.rejection import RatioHead, fit_head, sample_diffrs, thresholds
 from spectral_diffusion.samplers import optimize_grid, sample_ddim, samplers
 from spectral_diffusion.schedules import cosine, flow, grid_logsnr, grid_uniform
@@ -46,6 +47,10 @@ calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k =
     'fit': (lambda: fit(small(), Batches(digits().train, 4, gen()), 3), 'train'), 'learning': (held, 'held-out error'),
     'features': (lambda: features(lambda x: x.flatten(1), torch.randn(300, 1, 4, 4, generator=gen())), 'features'),
     'frechet_ci': (lambda: frechet_ci(*torch.randn(2, 60, 3, generator=gen()), min_n=0), 'jackknife'),
+    'error_map': (lambda: error_map(D, x, (0., 1.), 2, gen()), 'error map'),
+    'Codec.fit': (lambda: Haar().fit(x, batch=2), 'fit codec'), 'admit': (lambda: admit(Haar(), x, batch=2), 'admit'),
+    'field_error': (lambda: field_error(Latent(D, Haar(), (1, 8)), x, (0., 1.), gen()), 'field error'),
+    'kid_subsets': (lambda: kid_subsets(*torch.randn(2, 9, 3, generator=gen()), 5, 2, gen()), 'subsets'),
     'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
     'fresh': (lambda: fresh(dict(a=('builtins:eval', 'int')), reps=3), 'rounds')}
 

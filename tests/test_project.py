@@ -1,5 +1,5 @@
 "The book's order, notebooks and modules in step, and nothing in them that belongs to one machine."
-import ast, io, json, re, subprocess, tokenize
+import ast, importlib, io, json, re, subprocess, tokenize
 from pathlib import Path
 import pytest, yaml
 
@@ -72,6 +72,36 @@ def test_width_guard_fires():
     assert wide(long) == [long] and wide(f'def f():\n    {long}') and wide('y = 1 # ' + 'a'*170)
     assert not wide(f'def f(a # {"a"*100}\n      ): return a') and not wide(f'def f():\n    "{"a"*130}"')
 
+def undocumented(source, public):
+    "Public functions, patched methods and classes that have no docstring, or an argument without a comment behind it"
+    lines, bad = source.split('\n'), []
+    for d in ast.parse(source).body:
+        patched = isinstance(d, ast.FunctionDef) and any(ast.unparse(p).startswith('patch') for p in d.decorator_list)
+        if not isinstance(d, (ast.FunctionDef, ast.ClassDef)) or d.name.startswith('_') or not (
+                patched or d.name in public): continue
+        f = d if isinstance(d, ast.FunctionDef) else next(
+            (m for m in d.body if isinstance(m, ast.FunctionDef) and m.name == '__init__'), None)
+        a = f.args if f else ast.arguments([], [], None, [], [], None, [])
+        args = [x for x in [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg] if x and x.arg != 'self']
+        last = {x.lineno: x for x in args}                      # a comment is about the last one of its line
+        missing = [x.arg for x in args if last[x.lineno] is not x or '#' not in lines[x.lineno-1]]
+        if missing or not ast.get_docstring(d): bad.append((d.name, missing))
+    return bad
+
+@pytest.mark.parametrize('module', chapters)
+def test_public_arguments_are_documented(module):
+    text = (root/'spectral_diffusion'/f'{module}.py').read_text()
+    public = ast.literal_eval(re.search(r'__all__ = (\[.*?\])', text, re.S)[1])
+    assert undocumented(text, public) == []
+
+def test_docs_guard_fires():
+    ok = 'def f(x, # a field\n      y # another\n     ):\n    "What it does"'
+    assert undocumented(ok, ['f']) == [] == undocumented(ok.replace(' # another', ''), [])
+    assert undocumented(ok.replace(' # another', ''), ['f']) == [('f', ['y'])]
+    assert undocumented(ok.replace(' # a field\n     ', ''), ['f']) == [('f', ['x'])]
+    assert undocumented(ok.replace('"What it does"', 'pass'), ['f']) == [('f', [])]
+    assert undocumented('class C:\n    "It"\n    def __init__(self, x): pass', ['C']) == [('C', ['x'])]
+
 def test_notebooks_are_clean():
     "No tracebacks, no execution counts, no path of somebody's machine"
     for nb in [*(root/'nbs').glob('*.ipynb'), *(root/'reports').rglob('*.ipynb')]:
@@ -79,6 +109,21 @@ def test_notebooks_are_clean():
         assert '"output_type": "error"' not in raw, nb
         assert all(c.get('execution_count') is None for c in d['cells']), nb
         assert not re.search(r'(?<![\w.])/(home|root|tmp|Users|work)/', raw), nb
+
+def stale(source):
+    "Names that a cell imports from the library and that are not there"
+    return [f'{n.module}.{a.name}' for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)
+            and (n.module or '').startswith('spectral_diffusion.')
+            for a in n.names if a.name != '*' and not hasattr(importlib.import_module(n.module), a.name)]
+
+published = sorted((root/'reports').glob('*.ipynb'))
+@pytest.mark.parametrize('file', published, ids=lambda f: f'{f.parent.name}-{f.stem}')
+def test_reports_can_be_run_as_they_stand(file):
+    "A reader copies a cell of a published report: what it imports is there"
+    assert [n for c in cells(file) for n in stale('\n'.join(l for l in c.split('\n') if l[:1] not in '%!'))] == []
+
+def test_stale_guard_fires():
+    assert stale('from spectral_diffusion.runs import Run, Walk') == ['spectral_diffusion.runs.Walk']
 
 def test_templates_have_no_outputs():
     for nb in (root/'reports').glob('*.ipynb'):
