@@ -134,6 +134,19 @@ def test_readme_is_rendered():
     r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
+def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    "As it stands there, with a tiny folder and a few steps"
+    from PIL import Image
+    import matplotlib, numpy as np
+    matplotlib.use('agg'); monkeypatch.chdir(tmp_path); (tmp_path/'my_pictures').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(330): Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)).save(f'my_pictures/{i}.png')
+    block, = re.findall('```python\n(.*?)```', (root/'README.md').read_text(), re.S)
+    for old, new in (("'small-guided'", "'small-guided', steps=4, batch=4, nfe=4"), ('size=32', 'size=16')):
+        assert block.count(old) == 1; block = block.replace(old, new)
+    exec(block, names := {})
+    assert capsys.readouterr().out.startswith('verdict: ') and names['T'].online.net.training is False
+
 def found(node, key):
     "Everything under a key, however deep"
     if isinstance(node, dict):
