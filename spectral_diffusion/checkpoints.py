@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['refuse_pickle', 'sync', 'durable', 'flatten', 'unflatten', 'pack', 'Damaged', 'crc', 'Store', 'save_weights',
-           'load_weights', 'kept']
+           'load_weights', 'follow', 'apart', 'kept']
 
 # %% ../nbs/14_checkpoints.ipynb #6186bde5
-import errno, json, multiprocessing, operator, os, re, secrets, shutil, sys, time, torch, warnings, zlib
+import errno, json, multiprocessing, operator, os, re, secrets, shutil, signal, sys, threading, time, torch, traceback
+import warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from fastcore.all import AttrDict, patch
 from safetensors import SafetensorError
@@ -396,6 +398,45 @@ def load_weights(
     model.load_state_dict(load_file(path))
     return model
 
+# %% ../nbs/14_checkpoints.ipynb #c93d07be
+def follow(
+    parent, # process number of who started this one
+    sign=signal.SIGKILL, # what this process gets when that one is gone
+):
+    "Do not outlive the process that started this one"
+    def watch():
+        while os.getppid() == parent: time.sleep(.3)
+        os.kill(os.getpid(), sign)
+    threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/14_checkpoints.ipynb #41e8ab57
+def _alone_in_process(f, job, parent, out):
+    follow(parent)
+    try: f(job)
+    except BaseException: out.send(traceback.format_exc()[-9999:]); raise SystemExit(1)
+
+def apart(
+    f,       # function of one job, called for what it does
+    jobs,    # what to call it with
+    workers, # jobs at a time
+): # a generator of the jobs, as they are done
+    "Each job in a forked process of its own, which may neither outlive this one nor fail unheard (Linux)"
+    ctx, jobs, busy = multiprocessing.get_context('fork'), [*jobs][::-1], {}
+    try:
+        while jobs or busy:
+            while jobs and len(busy) < workers:
+                heard, out = ctx.Pipe(False)
+                p = ctx.Process(target=_alone_in_process, args=(f, jobs[-1], os.getpid(), out)); p.start()
+                out.close(); busy[p.sentinel] = p, jobs.pop(), heard
+            for done in connection.wait([*busy]):
+                p, job, heard = busy.pop(done); p.join()
+                if p.exitcode < 0: raise RuntimeError(f'the process of {job} was killed by signal {-p.exitcode} '
+                                                      '(9: often for memory; take fewer workers)')
+                if p.exitcode: raise RuntimeError(f'{job} failed in its process:\n{heard.recv()}')
+                yield job
+    finally:
+        for p, *_ in busy.values(): p.terminate(); p.join()
+
 # %% ../nbs/14_checkpoints.ipynb #76e436ff
 def _file(folder, job): return Path(folder)/(re.sub(r'[^\w.=-]+', '-', '-'.join(map(str, job))).strip('-') + '.pt')
 
@@ -421,8 +462,7 @@ def kept(
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         if min(workers, len(todo)) > 1 and sys.platform == 'linux':
-            with multiprocessing.get_context('fork').Pool(workers, maxtasksperchild=1) as pool:
-                [*progress(pool.imap_unordered(f, todo), len(todo), desc)]
+            [*progress(apart(f, todo, workers), len(todo), desc)]
         else: [f(j) for j in progress(todo, desc=desc)]
     finally: Run.current = run
     if missing := [j for j in jobs if not _file(folder, j).exists()]:

@@ -31,6 +31,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 from .runs import *
+from .checkpoints import follow
 
 # %% ../nbs/22_experiments.ipynb #2b70f6e5
 def reports_dir():
@@ -528,11 +529,7 @@ def work(
     **kw,   # root, force, attempt_n of `run_report`
 ):
     "What a worker process does: run one report, and stop when its parent is gone"
-    def watch():
-        while os.getppid()==parent: time.sleep(.3)
-        os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler); follow(parent, signal.SIGINT)
     try: run_report(report, progress=False, **kw, **params)
     except Taken: pass
     except (RunFailed, ValueError, OSError) as e: sys.exit(str(e))

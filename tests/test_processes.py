@@ -1,7 +1,7 @@
 "Two processes make the run that one makes: the network copied to both, then cut up between them, going on from the other's checkpoint."
-import os, subprocess, sys
+import os, subprocess, sys, time
 from pathlib import Path
-import torch
+import psutil, torch
 
 def train(folder, accelerator=None, stop=None, steps=8):
     "A short run that may be stopped by an error; its losses, and the averaged weights"
@@ -45,5 +45,29 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     losses2, weights2 = torch.load(tmp_path/'result.bin', weights_only=True)
     torch.testing.assert_close(losses2, losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights2, weights, rtol=1e-3, atol=1e-4)
+
+naps = """
+import os, sys, time
+from collections import namedtuple
+from spectral_diffusion.checkpoints import kept
+Nap = namedtuple('Nap', 'i')
+def nap(j): print(os.getpid(), flush=True); time.sleep(600)
+kept([Nap(0), Nap(1)], nap, sys.argv[1], workers=2)
+"""
+
+def test_workers_follow_a_killed_run(tmp_path):
+    "kill -9 of a process whose jobs run in others: they are gone within seconds, so that they cannot meet those of the next try"
+    p = subprocess.Popen([sys.executable, '-c', naps, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(p.stdout.readline())) for _ in range(2)]
+    assert all(w.ppid() == p.pid for w in workers)
+    p.kill(); p.wait()
+    def left(w):
+        try: return w.status() != psutil.STATUS_ZOMBIE                     # nobody may be there to bury it
+        except psutil.NoSuchProcess: return False
+    end = time.time() + 10
+    while any(map(left, workers)) and time.time() < end: time.sleep(.1)
+    alive = [w for w in workers if left(w)]
+    for w in alive: w.kill()
+    assert not alive
 
 if __name__ == '__main__': main(Path(sys.argv[1]), sys.argv[2])
