@@ -232,7 +232,7 @@ def moved(
 def moved_parts(moves, # the moves, one per field of the batch
                 cond, # a condition, or None
                 ndim # of a field, with batch and channels
-               ): # ndim: of a field, with batch and channels
+               ):
     "A condition whose maps have moved"
     return Parts({k: moved(moves, v)[0] if v.ndim == ndim else v for k,v in (cond or {}).items()})
 

@@ -293,7 +293,7 @@ def cifar10(
     bad = [folder/f for f,md5 in parts if not intact(folder/f, md5)]
     if bad and tgz.exists() and not intact(tgz, CIFAR10.tgz_md5):
         raise ValueError(f'{tgz} is damaged (its MD5 sum is wrong): delete it, then cifar10(download=True)')
-    if there := [f for f in bad if f.exists() and not tgz.exists()]:
+    if not tgz.exists() and (there := [f for f in bad if f.exists()]):
         raise ValueError(f'{there[0]} is damaged (its MD5 sum is wrong): delete {folder}, then cifar10(download=True)')
     if bad and not tgz.exists() and not download:
         raise FileNotFoundError(f'no CIFAR-10 in {root}: put {tgz.name} there, or call cifar10(download=True)')

@@ -11,7 +11,7 @@ code = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] 
 
 def execute(folder, until=None, **parameters):
     "Run the report's cells, the first `until` of them, in one namespace"
-    assert '/'.join(code[0].split()).count('run_dir:str') == 1             # the first cell holds the parameters
+    assert 'run_dir:str' in code[0]                                        # the first cell holds the parameters
     names = {}
     for i, c in enumerate(code[:until]):
         exec(compile(c, f'cell {i}', 'exec'), names)
