@@ -202,7 +202,7 @@ def check_distance(f, # (a, b) -> distance of two sets
                   ) -> Check:
     ("Is it 0 from a set to itself, the same in both directions, and never negative? "
      "(For distances without noise: an unbiased estimate such as KID's is 0 on average only)")
-    none, there, back = f(a, a), f(a, b), f(b, a); slack = .01*max(abs(there), abs(back))
+    none, there, back = f(a, a), f(a, b), f(b, a); slack = .001*max(abs(there), abs(back))
     return Check('laws of a distance', abs(none) <= slack and abs(there - back) <= slack and min(there, back) >= -slack,
                  f'from a set to itself {none:.3g}, to another {there:.4g}, back {back:.4g}')
 

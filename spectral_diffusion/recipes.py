@@ -91,8 +91,10 @@ def adam(params, # parameters, or groups of them
 def _cifar32(channels, schedule, time=StepEmbedding): return UNetCifar32(time(schedule, 1000, 512), channels)
 
 e1 = Recipe('e1', 'seed 002, E1', _cifar32, 1_982_115, ddpm_linear, 'eps', batch=4, steps=10_000, lr=1e-4, sd=1.,
-            opt=adam, ema=.9999, flip=False, sampler=sample_ddpm, grid=lambda s, n: grid_uniform(n), nfe=50)
-add(e1, replace(e1, name='seed', source='seed 002, E1 as its trainer ran', rate=flat, warmup=0, warm=False),
+            opt=adam, ema=.9999, flip=False, sampler=partial(sample_ddpm, clip=1.),
+            grid=lambda s, n: grid_uniform(n), nfe=50)
+add(e1, replace(e1, name='seed', source='seed 002, E1 as its trainer ran', rate=flat, warmup=0, warm=False,
+                sampler=sample_ddpm),
     replace(e1, name='e2', source='seed 002, E2', schedule=ddpm_cosine),
     replace(e1, name='e5', source='seed 002, E5', schedule=cosine_matched),
     replace(e1, name='e7', source='seed 002, E7', steps=50_000))

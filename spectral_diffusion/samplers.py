@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'tableaus', 'sample_euler', 'sample_midpoint', 'sample_heun2', 'sample_heun3', 'sample_rk4', 'sample_heun',
            'stages', 'spaces', 'GL', 'sample_dpmpp2m', 'sample_dpmpp3m', 'samplers', 'stochastic', 'adaptive', 'Asker',
-           'check_grid', 'sample_ddim', 'sample_ddpm', 'sample_rk', 'grid_size', 'sample_exp', 'sample_dpmpp',
+           'check_grid', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'grid_size', 'sample_exp', 'sample_dpmpp',
            'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'smooth_bands', 'warp_grid',
            'optimize_grid']
 
@@ -103,15 +103,25 @@ def sample_ddim(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     return _march(plan, denoiser, x_T, grid, generator, callback, jump)
 
 # %% ../nbs/06_samplers.ipynb #1720d1d7
+class Within:
+    "A denoiser whose answers are kept within the range of the data"
+    def __init__(self, denoiser, # D(x, t) -> x0_hat, with a `schedule`
+                 limit # largest |x0_hat|
+                ): self.D,self.schedule,self.limit = denoiser,denoiser.schedule,limit
+    def __call__(self, x, t, cond=None): return self.D(x, t, cond).clamp(-self.limit, self.limit)
+
 def sample_ddpm(denoiser, # D(x, t) -> x0
                 x_T, # starting fields at grid[0], (B, C, *S)
                 grid, # falling times, (n,)
                 generator=None, # of the fresh noise
                 callback=None, # (nfe, t, x, x0) -> None
-                jump=True # end with x0 asked at grid[-1]?
+                jump=True, # end with x0 asked at grid[-1]?
+                clip=None # largest |x0_hat|, 1 for images as Ho et al. had it; None: as it comes
                ):
     "Ancestral sampling, re-spaced (Ho et al. 2020): DDIM with all of the noise renewed"
+    if clip is not None: denoiser = Within(denoiser, clip)
     return sample_ddim(denoiser, x_T, grid, 1., generator, callback, jump)
+
 
 # %% ../nbs/06_samplers.ipynb #fc411f40
 def _slopes(f, t):
