@@ -108,11 +108,18 @@ class Linear:
         schedule:Schedule, # path and clock
         data:Tensor # fields, (N, C, *S)
     ):
-        self.schedule,self.mean = schedule,hartley(data.mean(0, keepdim=True)).flatten(1).double()
+        self.schedule,self.kept = schedule,{}                        # time -> factors of its matrix, the last four
+        self.mean = hartley(data.mean(0, keepdim=True)).flatten(1).double()
         H = hartley(data).flatten(1).double() - self.mean
         n, d = H.shape
         rho, diag = d/(n+d), H.square().mean(0)
         self.C = ((1-rho)*H.T@H/n).diagonal_scatter(diag) if d <= 4096 else diag
+
+    def _factors(self, t, a, s, C):
+        key = _d(t).flatten()[0].item(), C.device
+        if key not in self.kept:
+            self.kept = dict([*self.kept.items()][-3:]) | {key: torch.linalg.lu_factor(a[:,None]*C*a + torch.diag(s**2))}
+        return self.kept[key]
 
     def __call__(self, x, t, cond=None):
         if (_d(t) != _d(t).flatten()[0]).any():
@@ -122,7 +129,7 @@ class Linear:
         C, M = self.C.to(X.device), self.mean.to(X.device)
         R = X.flatten(1) - a*M
         if C.ndim == 1: G = R*a*C/(a**2*C + s**2)
-        else: G = torch.linalg.solve(a[:,None]*C*a + torch.diag(s**2), R.T).T*a @ C
+        else: G = torch.linalg.lu_solve(*self._factors(t, a, s, C), R.T).T*a @ C
         return hartley((M + G).view_as(X)).to(x)
 
 # %% ../nbs/05_denoisers.ipynb #e3916d29

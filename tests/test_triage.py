@@ -64,3 +64,11 @@ def test_wrong_target_is_seen(images, sound):
     as_v = lambda D, *a: denoising_loss(Denoiser(D.net, D.schedule, 'v', D.sd), *a)
     assert not check_one_image(Denoiser(sound[0].net, cosine(), 'eps', .75), sample_ddim, grid, images[1][:1],
                                as_v, steps=80).ok
+
+def test_one_image_with_and_without_its_mean(images, sound):
+    "Wrong colours, the picture itself gone, and both: the mean counts where it is asked for, the picture always"
+    def made(change): return lambda *a, **kw: Sample(change(sample_ddim(*a, **kw).x), 0)
+    shifted, flat = made(lambda x: x + .8), made(lambda x: x.mean((2,3), keepdim=True).expand_as(x))
+    said = [[check_one_image(sound[0], f, grid, images[1][:1], steps=80, mean=m).ok for m in (True, False)]
+            for f in (sample_ddim, shifted, flat)]
+    assert said == [[True, True], [False, True], [False, False]]
