@@ -380,6 +380,12 @@ class PointSet(NamedTuple):
     draw: Callable   # (n, generator) -> points, (n, 2) float32
     oracle: Callable # schedule -> its exact denoiser
     def __repr__(self): return f'PointSet({self.name})'
+    def plot(self, ax=None, n:int=4000):
+        "That many of its points; returns the axes"
+        ax = ax or plt.subplots(figsize=(2.6, 2.6), layout='constrained')[1]
+        ax.scatter(*self.draw(n, torch.Generator().manual_seed(42)).T, s=1, alpha=.3, lw=0)
+        ax.set(title=self.name, xlabel='x', ylabel='y', aspect='equal')
+        return ax
 
 # %% ../nbs/08_data.ipynb #7435a05c
 def truncated_mean(mean:Tensor, # centre of the normal variable

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r_squared', 'CollapseGuard', 'guards', 'Faulty',
-           'Trace', 'trial', 'plot_trial', 'study', 'saved_bytes', 'budget', 'host_free', 'resident', 'MemoryGuard']
+           'Trace', 'trial', 'plot_trial', 'study', 'saved_bytes', 'budget', 'plot_budget', 'host_free', 'resident',
+           'MemoryGuard']
 
 # %% ../nbs/16_guards.ipynb #d7922aea
 import copy, math, os, torch, warnings
@@ -346,6 +347,26 @@ def budget(denoiser:Denoiser, # network on the device where it will be trained
     parts = dict(weights=weights, average=ema*weights, gradients=moving, moments=2*moving,
                  activations=one + (len(x0)-1)*(two-one))
     return parts | dict(copy=2*back*(weights + parts['average'] + 2*moving))     # two, while one is made or used
+
+# %% ../nbs/16_guards.ipynb #c16b0001
+def plot_budget(budgets:dict # name -> what `budget` returned
+               ):
+    "What training needs, part by part, as shares of the sum: a bar for each; returns the figure"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(9, .45*len(budgets) + 1.1), layout='constrained')
+    for y, (name, b) in enumerate(budgets.items()):
+        left, total = 0., sum(b.values())
+        for k, (part, v) in enumerate(b.items()):
+            ax.barh(y, v/total, left=left, color=plt.cm.cividis(k/len(b)), ec='w', label='' if y else part,
+                    hatch=('', '//', '..', 'xx', '--', 'o')[k % 6])
+            if v > .06*total: ax.text(left + v/total/2, y, si(v, 'B'), ha='center', va='center', fontsize=7,
+                                      bbox=dict(fc='w', ec='none', pad=1))
+            left += v/total
+    ax.set_yticks(range(len(budgets)), [f'{k}\n{si(sum(b.values()), "B")}' for k,b in budgets.items()])
+    ax.set(xlim=(0, 1), xlabel='share'); ax.invert_yaxis()
+    ax.legend(ncols=6, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.))
+    return fig
+
 
 # %% ../nbs/16_guards.ipynb #b846aea7
 def _allowed(folder, limit, used, stat):
