@@ -118,7 +118,8 @@ class Linear:
     def _factors(self, t, a, s, C):
         key = _d(t).flatten()[0].item(), C.device
         if key not in self.kept:
-            self.kept = dict([*self.kept.items()][-3:]) | {key: torch.linalg.lu_factor(a[:,None]*C*a + torch.diag(s**2))}
+            lu = torch.linalg.lu_factor(a[:,None]*C*a + torch.diag(s**2))
+            self.kept = dict([*self.kept.items()][-3:]) | {key: lu}
         return self.kept[key]
 
     def __call__(self, x, t, cond=None):
