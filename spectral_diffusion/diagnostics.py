@@ -188,7 +188,7 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
                     steps:int=150, # of training
                     lr:float=2e-3, # of training
                     seed:int=0, # of noise and times
-                    mean:bool=True # must the mean of each channel come back, too? A short training gets it last
+                    mean:bool=True # must the mean of each channel come back, too? A short training does not settle it
                    ) -> Check:
     "Can a copy learn one image, and does sampling return it?"
     gen = torch.Generator().manual_seed(seed)

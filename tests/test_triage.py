@@ -72,3 +72,4 @@ def test_one_image_with_and_without_its_mean(images, sound):
     said = [[check_one_image(sound[0], f, grid, images[1][:1], steps=80, mean=m).ok for m in (True, False)]
             for f in (sample_ddim, shifted, flat)]
     assert said == [[True, True], [False, True], [False, False]]
+    assert not check_steps(shifted, cosine(), grid, images[1], gen()).ok     # what is left aside there is seen here
