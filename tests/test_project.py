@@ -115,6 +115,23 @@ def test_templates_have_no_outputs():
         assert not any(c.get('outputs') for c in json.loads(nb.read_text())['cells']), (
             f'{nb.name}: results belong in reports/results')
 
+def stale_imports(code):
+    "Names that code imports from the library and the library does not have"
+    import importlib
+    return [f'{n.module}.{a.name}' for n in ast.walk(ast.parse(code))
+            if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('spectral_diffusion') for a in n.names
+            if a.name != '*' and not hasattr(importlib.import_module(n.module), a.name)]
+
+@pytest.mark.parametrize('copy', sorted((root/'reports'/'results').glob('*/report.ipynb')), ids=lambda p: p.parent.name)
+def test_published_reports_still_import(copy):
+    "A reader who runs a published copy must not stumble over a name that has gone (then: run its desk again)"
+    bad = [s for c in cells(copy) for s in stale_imports('\n'.join(l for l in c.splitlines() if l[:1] not in '%!'))]
+    assert not bad, bad
+
+def test_stale_imports_are_seen():
+    gone = 'from spectral_diffusion.training import fit, Checkpoint\nfrom torch import nothing'
+    assert stale_imports(gone) == ['spectral_diffusion.training.Checkpoint']
+
 def test_readme_is_rendered():
     r = subprocess.run(['sdiff_readme', '--check'], cwd=root, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
