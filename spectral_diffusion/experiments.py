@@ -8,9 +8,9 @@ __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_
            'inner_progress', 'live', 'kernel_options', 'LiveEngine', 'to_html', 'execute', 'RunFailed', 'failure',
            'run_report', 'run_reports', 'grid_cells', 'sweep_cells', 'cell_row', 'time_left', 'summary', 'status_table',
            'Board', 'work', 'LocalEngine', 'last_line', 'look', 'run_cells', 'Job', 'SlurmEngine', 'make_engine',
-           'sweep', 'list_reports', 'sdiff_run', 'sdiff_sweep', 'status_rows', 'sdiff_status', 'leaks', 'private_paths',
-           'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'refresh', 'readme', 'sdiff_readme',
-           'sdiff_promote', 'find_optimal_steps']
+           'sweep', 'plot_sweep', 'list_reports', 'sdiff_run', 'sdiff_sweep', 'status_rows', 'sdiff_status', 'leaks',
+           'private_paths', 'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'refresh', 'readme',
+           'sdiff_readme', 'sdiff_promote', 'find_optimal_steps']
 
 # %% ../nbs/22_experiments.ipynb #d707c1d1
 import argparse, ast, difflib, hashlib, itertools, json, logging, os, pickle, platform, \
@@ -754,6 +754,27 @@ def sweep(
     "Run a report with every combination of values, beside others who do the same; a finished cell is skipped"
     check_writable(root)
     return run_cells(sweep_cells(report, grid, root, **params), make_engine(engine, root, **options), force)
+
+# %% ../nbs/22_experiments.ipynb #c22b0002
+def plot_sweep(
+    cells,        # what `sweep_cells` returns, finished or not
+    claim,        # name of a claim of the report
+):
+    "A claim of every finished cell with its interval, beside the cell's label; returns the figure"
+    import matplotlib.pyplot as plt
+    runs = {c.label: load_run(c.folder) if (c.folder/'metrics.json').exists() else None for c in cells}
+    found = {k: next((c for c in r.claims if c.name == claim), None) if r else None for k,r in runs.items()}
+    if not any(found.values()):
+        names = sorted({c.name for r in runs.values() if r for c in r.claims})
+        raise ValueError(f"no cell has the claim '{claim}' yet; there are: {', '.join(names) or 'none'}")
+    fig, ax = plt.subplots(figsize=(8, .32*len(cells) + 1), layout='constrained')
+    for y, (label, c) in enumerate(found.items()):
+        if not c: ax.text(.02, y, 'not yet', transform=ax.get_yaxis_transform(), va='center', fontsize=8); continue
+        lo, hi = (c.value if v is None else v for v in (c.low, c.high))
+        ax.errorbar(c.value, y, xerr=[[c.value - lo], [hi - c.value]], fmt='o', c='#006BA4', capsize=3)
+    ax.set_yticks(range(len(found)), [*found], fontsize=8)
+    ax.set(xlabel=claim, ylim=(len(cells) - .5, -.5)); ax.grid(axis='x', alpha=.3)
+    return fig
 
 # %% ../nbs/22_experiments.ipynb #466353bf
 def list_reports():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r_squared', 'CollapseGuard', 'guards', 'Faulty',
-           'Trace', 'trial', 'plot_trial', 'study', 'saved_bytes', 'budget', 'plot_budget', 'host_free', 'resident',
-           'MemoryGuard']
+           'Trace', 'trial', 'plot_trial', 'study', 'plot_study', 'saved_bytes', 'budget', 'plot_budget', 'host_free',
+           'resident', 'MemoryGuard']
 
 # %% ../nbs/16_guards.ipynb #d7922aea
 import copy, math, os, torch, warnings
@@ -318,6 +318,28 @@ def study(arms, # name -> function without arguments that makes the callbacks, o
         whats = [e['what'] for e in r.events]
         done[f, a, i] = r.held, r.skips, whats.count('rolled back'), r.why
     return done
+
+# %% ../nbs/16_guards.ipynb #c16b0004
+def plot_study(done:dict, # what `study` returned; with the fault 'healthy'
+               base:str='' # the arm whose healthy runs count as 1; empty: the first one
+              ):
+    "Held-out loss after each fault over that of the same seed's healthy run: bars are medians, dots seeds (at the top: more than that, or not finite); returns the figure"
+    import matplotlib.pyplot as plt
+    faults, arms, seeds = (list(dict.fromkeys(k[i] for k in done)) for i in range(3)); base = base or arms[0]
+    if any(('healthy', base, i) not in done for i in seeds):
+        raise ValueError(f"the study has no healthy run of '{base}' for every seed: add 'healthy' to its faults")
+    fig, ax = plt.subplots(figsize=(9,3.2), layout='constrained'); w, top = .8/len(arms), 100.
+    for j, a in enumerate(arms):
+        v = torch.tensor([[done[f, a, i][0]/done['healthy', base, i][0] for i in seeds] for f in faults])
+        v = v.nan_to_num(top, top).clamp(max=top); x = torch.arange(len(faults)) + (j - (len(arms)-1)/2)*w
+        ax.bar(x, v.quantile(.5, dim=1) - 1, w*.9, 1, label=a, ec='k', lw=.5,
+               color=plt.cm.cividis((j+1)/(len(arms)+1)), hatch=('', '//', '..', 'xx')[j % 4])
+        ax.plot(x[:, None].expand_as(v).flatten(), v.flatten(), 'k.', ms=4)
+    ax.axhline(1, c='k', lw=.8)
+    ax.set(yscale='log', xticks=range(len(faults)), xticklabels=faults, ylabel='held-out loss / healthy run',
+           ylim=(.7, 1.2*top), title=f'what an accident costs ({len(seeds)} seeds; at {top:g}: more, or not finite)')
+    ax.legend(fontsize=8)
+    return fig
 
 # %% ../nbs/16_guards.ipynb #22fd3be5
 def saved_bytes(denoiser:Denoiser, # on any device, the meta device too
