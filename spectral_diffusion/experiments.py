@@ -760,7 +760,7 @@ def plot_sweep(
     cells,        # what `sweep_cells` returns, finished or not
     claim,        # name of a claim of the report
 ):
-    "A claim of every finished cell with its interval, beside the cell's label; returns the figure"
+    "A claim of every cell that has it, with its interval; of the others their state; returns the figure"
     import matplotlib.pyplot as plt
     runs = {c.label: load_run(c.folder) if (c.folder/'metrics.json').exists() else None for c in cells}
     found = {k: next((c for c in r.claims if c.name == claim), None) if r else None for k,r in runs.items()}
@@ -768,8 +768,10 @@ def plot_sweep(
         names = sorted({c.name for r in runs.values() if r for c in r.claims})
         raise ValueError(f"no cell has the claim '{claim}' yet; there are: {', '.join(names) or 'none'}")
     fig, ax = plt.subplots(figsize=(8, .32*len(cells) + 1), layout='constrained')
-    for y, (label, c) in enumerate(found.items()):
-        if not c: ax.text(.02, y, 'not yet', transform=ax.get_yaxis_transform(), va='center', fontsize=8); continue
+    for y, (cell, c) in enumerate(zip(cells, found.values())):
+        if not c:
+            ax.text(.02, y, run_status(cell.folder).state, transform=ax.get_yaxis_transform(), va='center', fontsize=8)
+            continue
         lo, hi = (c.value if v is None else v for v in (c.low, c.high))
         ax.errorbar(c.value, y, xerr=[[c.value - lo], [hi - c.value]], fmt='o', c='#006BA4', capsize=3)
     ax.set_yticks(range(len(found)), [*found], fontsize=8)

@@ -10,6 +10,7 @@ __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r
 # %% ../nbs/16_guards.ipynb #d7922aea
 import copy, math, os, torch, warnings
 from collections import deque
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from torch import Tensor
@@ -320,17 +321,16 @@ def study(arms, # name -> function without arguments that makes the callbacks, o
     return done
 
 # %% ../nbs/16_guards.ipynb #c16b0004
-def plot_study(done:dict, # what `study` returned; with the fault 'healthy'
-               base:str='' # the arm whose healthy runs count as 1; empty: the first one
+def plot_study(done:dict # what `study` returned; the first arm's 'healthy' runs count as 1
               ):
     "Held-out loss after each fault over that of the same seed's healthy run: bars are medians, dots seeds (at the top: more than that, or not finite); returns the figure"
     import matplotlib.pyplot as plt
-    faults, arms, seeds = (list(dict.fromkeys(k[i] for k in done)) for i in range(3)); base = base or arms[0]
-    if any(('healthy', base, i) not in done for i in seeds):
-        raise ValueError(f"the study has no healthy run of '{base}' for every seed: add 'healthy' to its faults")
+    faults, arms, seeds = (list(dict.fromkeys(k[i] for k in done)) for i in range(3))
+    if lost := [k for k in product(('healthy', *faults), arms, seeds) if k not in done]:
+        raise ValueError(f"the study lacks {lost[0]}: run it to its end, with 'healthy' among its faults")
     fig, ax = plt.subplots(figsize=(9,3.2), layout='constrained'); w, top = .8/len(arms), 100.
     for j, a in enumerate(arms):
-        v = torch.tensor([[done[f, a, i][0]/done['healthy', base, i][0] for i in seeds] for f in faults])
+        v = torch.tensor([[done[f, a, i][0]/done['healthy', arms[0], i][0] for i in seeds] for f in faults])
         v = v.nan_to_num(top, top).clamp(max=top); x = torch.arange(len(faults)) + (j - (len(arms)-1)/2)*w
         ax.bar(x, v.quantile(.5, dim=1) - 1, w*.9, 1, label=a, ec='k', lw=.5,
                color=plt.cm.cividis((j+1)/(len(arms)+1)), hatch=('', '//', '..', 'xx')[j % 4])
