@@ -1,6 +1,6 @@
 "The three contracts under random shapes, times and values: Field, Schedule, Denoiser."
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from spectral_diffusion.data import to_field, to_uint8
 from spectral_diffusion.denoisers import Denoiser, Gaussian, Mixture
 from spectral_diffusion.fourier import Noise, bands, hartley, irfftn, power_law, rapsd, rfftn
@@ -48,16 +48,22 @@ def test_denoiser_inverts_corruption(kind, name, t, size, target, seed):
     assert (got - x0).abs().max() < 2e-5*(1 + (a+s)/a).max()
 
 @given(st.sampled_from([*clocks]), st.sampled_from([*samplers]), st.integers(2, 12), sizes, st.integers(0, 99))
+@example('linear', 'restart', 3, (2,), 0)
 def test_samplers_ask_inside_and_return_a_point(name, sampler, n, size, seed):
-    "One-point data are returned exactly, no question leaves (0, 1], NFE is what was asked"
+    "One-point data are returned exactly, no question leaves (0, 1], NFE is what was asked (a grid too coarse for restart: none)"
     sch, point, asked = clocks[name](), field(size, seed, 1), []
+    grid, restart = grid_edm(sch, n), torch.tensor(.1, dtype=torch.float64)          # its t_min; t_max is .3
     class Spy:
         schedule = sch
         def __call__(self, x, t, cond=None):
             asked.append(float(torch.as_tensor(t).max()))
             return Mixture(sch, point)(x, t)
-    r = samplers[sampler](Spy(), sch.prior((3, 2, *size), torch.Generator().manual_seed(seed)), grid_edm(sch, n),
-                          generator=torch.Generator().manual_seed(seed))
+    run = lambda: samplers[sampler](Spy(), sch.prior((3, 2, *size), torch.Generator().manual_seed(seed)), grid,
+                                    generator=torch.Generator().manual_seed(seed))
+    if sampler == 'restart' and grid[(sch.logsnr(grid) - sch.logsnr(restart)).abs().argmin()] >= .3:
+        with pytest.raises(ValueError, match='refine the grid'): run()
+        assert not asked; return
+    r = run()
     assert torch.allclose(r.x, point.expand_as(r.x), atol=1e-3)
     assert r.nfe == len(asked) and 0 < min(asked) and max(asked) <= 1
 
