@@ -43,16 +43,15 @@ def reports_dir():
 
 # %% ../nbs/22_experiments.ipynb #6a98bad1
 def find_report(
-    report, # name with or without .ipynb, or a path
+    report, # name with or without .ipynb, a beginning that only one name has, or a path
 ):
     "The path of a report's notebook"
-    path = Path(report)
+    path = Path(report); asked = path.name.removesuffix('.ipynb')
     if path.suffix=='.ipynb' and path.exists(): return path.absolute()
-    folder = reports_dir()
-    found = folder/f"{path.name.removesuffix('.ipynb')}.ipynb"
-    if path.parent==Path() and found.exists(): return found
-    names = ', '.join(sorted(p.stem for p in folder.glob('*.ipynb')))
-    raise FileNotFoundError(f"no report '{report}'; there are: {names}")
+    names = sorted(p.stem for p in reports_dir().glob('*.ipynb'))
+    fits = [n for n in names if n==asked] or [n for n in names if n.startswith(asked)]
+    if path.parent==Path() and asked and len(fits)==1: return reports_dir()/f'{fits[0]}.ipynb'
+    raise FileNotFoundError(f"no report '{report}'; there are: {', '.join(names)}")
 
 # %% ../nbs/22_experiments.ipynb #164a7acf
 _types = {t.__name__: t for t in (int, float, bool, str, list, tuple, dict)}
