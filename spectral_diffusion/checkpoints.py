@@ -395,7 +395,13 @@ def load_weights(
 )->nn.Module:
     "Read weights from `save_weights`; every name and shape has to match"
     refuse_pickle(path)
-    model.load_state_dict(load_file(path))
+    held, own = load_file(path), model.state_dict()
+    for k in {**own, **held}:
+        there, here = (f'of shape {tuple(d[k].shape)}' if k in d else 'missing' for d in (held, own))
+        if there != here:
+            raise ValueError(f"'{path}' does not fit the model: {k} is {there} in the file and {here} in the model: "
+                             'build the model as it was saved')
+    model.load_state_dict(held)
     return model
 
 # %% ../nbs/14_checkpoints.ipynb #c93d07be

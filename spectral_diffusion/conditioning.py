@@ -116,7 +116,7 @@ modes = dict(
 def network(
     mode:str, # a key of `modes`
     make:Callable, # (channels=, out=, tell=) -> network, such as partial(UNet, 3, base=16)
-    omega:int=0, # spatial dims of a network that is told about `Move`s; 0: it is not
+    omega:int=0, # spatial dims, for a network that is told which `Move` its field went through (ScoreAug, below); 0: it is not
 )->Conditioned: # (x, log-SNR, condition) -> answer
     "The network of a mode"
     if mode not in modes: raise ValueError(f"there is no mode '{mode}': use one of {', '.join(modes)}")
@@ -141,10 +141,14 @@ class SizeWeighted:
 class ControlNet(nn.Module):
     "A frozen U-Net, and a copy of its way down that sees `maps` and adds to what is handed across; the frozen network itself at first"
     def __init__(self,
-        base:UNet, # trained without a condition; will be frozen
+        base:UNet, # trained without a condition, alone or as `network` made it; will be frozen
         maps:int=1 # channels of the condition
     ):
         super().__init__()
+        if isinstance(base, Conditioned) and not base.maps: base = base.net
+        if not hasattr(base, 'go_down'):
+            raise TypeError(f'a {type(base).__name__} has no way down that could be copied: '
+                            'give an unconditional U-Net')
         stem, dim = base.stem, base.stem.weight.ndim - 2
         self.base,self.copy = base.requires_grad_(False), copy.deepcopy(base).requires_grad_(True)
         del self.copy.up, self.copy.head; self.copy.last = self.copy.skip = None

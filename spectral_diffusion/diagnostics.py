@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .runs import progress
 from .fourier import band_mean, bands, hartley, noise_like
-from .denoisers import Gaussian, Linear
+from .denoisers import Denoiser, Gaussian, Linear
 from .samplers import sample_ddim
 from .metrics import Score
 from .data import show
@@ -215,9 +215,12 @@ def check_distance(f, # (a, b) -> distance of two sets
 # %% ../nbs/20_diagnostics.ipynb #c317e6ee
 _levels = (-2., 0., 2., 4.)                              # the log-SNRs that form pictures
 
+def _enough(x0):
+    if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
+
 def _log_ratios(denoiser, x0, train, seed):
     "Log of the held-out error over the best linear denoiser's, in 8 groups of fields: (8, levels, rings)"
-    if len(x0) < 32: raise ValueError(f'{len(x0)} held-out fields are too few for an interval: give at least 32')
+    _enough(x0)
     lin = Linear(denoiser.schedule, train)
     def one(D, c, i): return error_map(D, c, _levels, 4, torch.Generator().manual_seed(seed+i)).log()
     return torch.stack([one(denoiser, c, i) - one(lin, c, i)
@@ -269,6 +272,11 @@ def triage(denoiser, # the `Denoiser` that is evaluated (the averaged one)
            steps:int=150 # of training on one image
           ) -> Triage:
     "Broken, underpowered or healthy, with the evidence"
+    _enough(x0)
+    for D in (denoiser, online or denoiser):
+        if not isinstance(D, Denoiser):
+            raise TypeError(f'a {type(D).__name__} has no network to train: give the `Denoiser` itself '
+                            '(chapter 23 wraps the models of others)')
     g, sch = torch.Generator().manual_seed(seed), denoiser.schedule
     rungs = [lambda: check_steps(sampler, sch, grid, x0[:64], g),
              lambda: check_gaussian(sampler, sch, grid, x0, g), lambda: check_range(batch, x0),

@@ -183,6 +183,9 @@ class CollapseGuard(Guard):
         low:float=.05, # R2 of a collapsed network
         high:float=.5 # R2 that has to be reached first
     ):
+        if len(x0) % bins:
+            raise ValueError(f'a probe of {len(x0)} fields cannot be shared among {bins} parts of the clock: '
+                             f'give a multiple of {bins}')
         self.probe = (x0, (torch.arange(len(x0)).double() + .5)/len(x0),
                       torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), cond)
         self.bins,self.every,self.low,self.high,self.at = bins,every,low,high,None

@@ -210,6 +210,10 @@ class FNet(Mixer):
     def mix(self, x): return torch.fft.fftn(x, dim=(1, *spatial(x))).real
 
 # %% ../nbs/11_mixing.ipynb #a02e52fa
+def _one_size(x, size):
+    if x.shape[2:] != size:
+        raise ValueError(f'this mixer is a table for fields of {size}, this one is {tuple(x.shape[2:])}')
+
 class GlobalFilter(Mixer):
     "A learned weight for every frequency of one size (GFNet)"
     def __init__(self,
@@ -221,8 +225,7 @@ class GlobalFilter(Mixer):
         self.w = nn.Parameter(torch.cat([torch.ones(channels, *half, 1), torch.zeros(channels, *half, 1)], -1))
 
     def mix(self, x):
-        if x.shape[2:] != self.size:
-            raise ValueError(f'this filter is a table for fields of {self.size}, this one is {tuple(x.shape[2:])}')
+        _one_size(x, self.size)
         return filtered(x, cplx(self.w, x)[None])
 
 # %% ../nbs/11_mixing.ipynb #1ff1e378
@@ -297,13 +300,17 @@ class BasisMixer(Mixer):
     "A weight for every coefficient of an orthonormal basis, 'dct' or 'haar', for one size"
     def __init__(self,
         channels:int, # of the field
-        size:tuple, # spatial size
+        size:tuple, # spatial size, the only one that it can do
         basis:str='dct' # or 'haar'
     ):
         super().__init__()
-        self.into,self.back = dict(dct=(dct, idct), haar=(haar, unhaar))[basis]
-        self.w = nn.Parameter(torch.ones(channels, *size))
-    def mix(self, x): return self.back(self.into(x)*self.w.to(x.dtype))
+        bases = dict(dct=(dct, idct), haar=(haar, unhaar))
+        if basis not in bases: raise ValueError(f"there is no basis '{basis}': use one of {', '.join(bases)}")
+        self.into,self.back = bases[basis]
+        self.size,self.w = tuple(size), nn.Parameter(torch.ones(channels, *size))
+    def mix(self, x):
+        _one_size(x, self.size)
+        return self.back(self.into(x)*self.w.to(x.dtype))
 
 # %% ../nbs/11_mixing.ipynb #0166570b
 def allowed(mask, # keys that exist, bool (B, n), or None

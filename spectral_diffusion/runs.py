@@ -139,7 +139,7 @@ class Run:
 @patch
 def _start(self:Run, params):
     "Write the files that a run begins with"
-    if self.log_file.exists(): self.log_file.write_bytes(self.log_file.read_bytes().rpartition(b'\n')[0] + b'\n')
+    if self.log_file.exists(): self.log_file.write_bytes(b''.join(self.log_file.read_bytes().rpartition(b'\n')[:2]))
     self.log('start', report=self.metrics.report, at=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     params_file = self.folder/'parameters.json'
     if params or not params_file.exists(): write_json(params_file, params)
