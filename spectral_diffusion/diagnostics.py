@@ -56,13 +56,15 @@ def error_map(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
 
 # %% ../nbs/20_diagnostics.ipynb #a2414d4d
 def _picture(ax, ratio, logsnrs, size):
-    "Error ratio (L, n_bands) as log2: blue is better than the best linear denoiser, red is worse"
+    "Error ratio (L, n_bands) as log2: blue, with a dot, is better than the best linear denoiser, red is worse"
     l, top = [float(v) for v in logsnrs], .5*len(size)**.5
     half = (l[-1]-l[0])/max(len(l)-1, 1)/2 or .5          # each level in the middle of its column
     im = ax.imshow(ratio.log2().clamp(-3, 3).T, origin='lower', aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3,
                    extent=[l[0]-half, l[-1]+half, 0, top])
+    level, ring = (ratio.cpu() < .95).nonzero(as_tuple=True)
+    ax.scatter(l[0] + 2*half*level, top*(ring + .5)/ratio.shape[1], s=9, c='k')
     ax.set(xlabel='log-SNR', ylabel='frequency (cycles/pixel)', title='error / best linear denoiser')
-    plt.colorbar(im, ax=ax, label='log2 ratio (blue: better)')
+    plt.colorbar(im, ax=ax, label='log2 ratio (dots: better)')
 
 # %% ../nbs/20_diagnostics.ipynb #837b5fe8
 def plot_error(err:Tensor, # (L, n_bands), from `error_map`
@@ -70,7 +72,7 @@ def plot_error(err:Tensor, # (L, n_bands), from `error_map`
                logsnrs, # levels, (L,)
                size:tuple # spatial size of the fields
               ):
-    "Error against the best linear denoiser, as a picture (log2 of the ratio: blue is better) and as curves"
+    "Error against the best linear denoiser, as a picture (log2 of the ratio: below 0, and dotted, is better) and as curves"
     fig, (a, b) = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     _picture(a, err/floor, logsnrs, size)
     for k in range(err.shape[1]):

@@ -703,14 +703,14 @@ def plot_scores(
     import matplotlib.pyplot as plt
     rows = [r for r in rows if r.value]
     if not rows: raise ValueError('no row has a value: draw more images, then score them again')
-    fig, axs = plt.subplots(len(rows), 1, figsize=(7, .85*len(rows) + .3), layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(len(rows), 1, figsize=(7, 1.1*len(rows)), layout='constrained', squeeze=False)
     for ax, r in zip(axs[:,0], rows):
-        for s, mark, colour, label in ((r.floor, '|', '.5', 'floor'), (r.ceiling, '|', '.5', 'ceiling'),
+        for s, mark, colour, label in ((r.floor, '|', '.35', 'floor'), (r.ceiling, '|', '.35', 'ceiling'),
                                        (r.value, 'o', '#0072B2', 'samples')):
             ax.errorbar(s.value, 0, xerr=[[s.value - s.low], [s.high - s.value]], fmt=mark, c=colour,
                         ms=14 if mark == '|' else 6, capsize=3)
-            ax.annotate(f'{label} {fmt(s.value)}', (s.value, 0), (0, 9), textcoords='offset points',
-                        ha='center', fontsize=8, color=colour)
-        ax.set(yticks=[0], yticklabels=[r.name], ylim=(-.6, 1)); ax.margins(x=.12)
+            ax.annotate(f'{label} {fmt(s.value)}', (s.value, 0), (0, 9 if mark == 'o' else -17),
+                        textcoords='offset points', ha='center', fontsize=8, color=colour)
+        ax.set(yticks=[0], yticklabels=[r.name], ylim=(-1, 1)); ax.margins(x=.12)
         ax.spines[['top','left','right']].set_visible(False); ax.tick_params(axis='y', length=0)
     return fig

@@ -71,7 +71,7 @@ def show_planes(
         at = None if on is None or not len(on) else on[(on - on.float().mean(0)).square().sum(1).argmin()].tolist()
         for ax,p,m in zip(col, planes(x[i,0], at), planes((x if mask is None else mask)[i,0], at)):
             ax.imshow(p.T, origin='lower', cmap='gray', vmin=0, vmax=255); ax.set_axis_off()
-            if at: ax.contour(m.T > 0, [.5], colors='C1', linewidths=1)
+            for c,w in (('k', 2.2), ('C1', 1)) if at else (): ax.contour(m.T > 0, [.5], colors=c, linewidths=w)
     fig.suptitle(title, fontsize=10)
     return axs
 
