@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from torch import Tensor
 from .runs import Run, progress
 from .fourier import psd_of
-from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm,
-                                          grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
+from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, flow_path,
+                                          grid_edm, grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
 from .denoisers import Denoiser, Guided
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
@@ -61,6 +61,7 @@ class Recipe:
     # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
     guide:float = 1.
     early:float = .2 # share of the steps after which the average is kept to be guided against
+    codec = 'pixels' # recipes of volumes know others
 
 # %% ../nbs/21_recipes.ipynb #207bdaff
 recipes = {}
@@ -147,6 +148,12 @@ def recipe(name:str=default, # of a recipe in the table
     return replace(recipes[name], **{'name': ', '.join([name, *told]), **changes})
 
 # %% ../nbs/21_recipes.ipynb #83f69d7c
+def _united(r, net, sch, sd, psd):
+    "A denoiser in a recipe's units"
+    if r.units == 'frequencies':
+        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
+    return Denoiser(net, sch, r.target, r.sd or sd)
+
 def denoiser(r:Recipe, # what to build
              channels:int=3, # of the fields
              sd:float=1., # std of the data, where the recipe leaves it open
@@ -160,9 +167,7 @@ def denoiser(r:Recipe, # what to build
     sch = r.schedule(); net = r.net(channels, sch)
     if channels == 3 and n_params(net) != r.params:
         raise ValueError(f"recipe '{r.name}' promises {r.params:,} parameters and its network has {n_params(net):,}")
-    if r.units == 'frequencies':
-        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
-    return Denoiser(net, sch, r.target, r.sd or sd)
+    return _united(r, net, sch, sd, psd)
 
 # %% ../nbs/21_recipes.ipynb #d5817bf5
 def effort(r:Recipe, # of which
@@ -201,27 +206,33 @@ def train(r:Recipe, # what to train
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
 # %% ../nbs/21_recipes.ipynb #dba934d2
-def draw(r:Recipe, # for its sampler
+def draw(r, # a `Recipe` or `VolumeRecipe`, for its sampler
          model, # a denoiser; `train(...).guided` asks two networks per step, and makes half the steps
-         n:int, # images
-         shape:tuple, # of one, (C, H, W)
+         n:int, # fields
+         shape:tuple, # of one, (C, *S)
          seed:int=0, # of the noise
          nfe:int=0, # times of the grid, as in the recipe; 0: as the recipe says
-         batch:int=128 # images at a time
-        ) -> Tensor: # (n, C, H, W), in [-1, 1]
-    "Images from a trained recipe"
-    guided = isinstance(model, Guided)
-    if guided and model.against is None:
-        raise ValueError('draw makes images in parts and cannot share a condition out: ask the sampler itself')
-    if r.guide != 1 and not guided:
+         batch:int=128, # fields at a time
+         cond=None # what is asked for, one for each field: (n, ...) or `Parts`
+        ) -> Tensor: # (n, C, *S), in [-1, 1]
+    "Fields from a trained recipe"
+    own = isinstance(model, Guided)
+    if own and (model.against is None or model.cond is not None):
+        raise ValueError('draw makes fields in parts and shares the condition out: pass the denoiser itself and cond=')
+    if r.guide != 1 and not own:
         raise ValueError(f"recipe '{r.name}' is guided: draw from `train(...).guided`, "
                          "or from the average with replace(r, guide=1.)")
-    g = torch.Generator().manual_seed(1000*seed + 10)
-    grid, dev = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + guided))), next(model.parameters()).device
+    if r.codec != 'pixels': raise ValueError(f"recipe '{r.name}' draws {r.codec}: sample and decode it (chapter 18)")
+    g, dev = torch.Generator().manual_seed(1000*seed + 10), next(model.parameters()).device
+    grid = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + own)))
     z = model.schedule.prior((n, *shape), g, grid[0])
+    def told(c): return (Guided(model.denoiser, c, model.scale, model.interval, model.against) if own else
+                         Guided(model, c))
+    def part(i):
+        D = model if cond is None else told(cond[i:i+batch].to(dev))
+        return r.sampler(D, z[i:i+batch].to(dev), grid, generator=g).x.clamp(-1, 1).cpu()
     with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
-        return torch.cat([r.sampler(model, b.to(dev), grid, generator=g).x.clamp(-1, 1).cpu()
-                          for b in progress(z.split(batch), desc='sample')])
+        return torch.cat([part(i) for i in progress(range(0, n, batch), desc='sample')])
 
 # %% ../nbs/21_recipes.ipynb #c53fd732
 def flow_density(shift:float=1., # r: how many times stronger the noise, (numel / base numel)^(1/d)
@@ -241,6 +252,8 @@ def resolution_shift(shape:tuple, # of the field that the network sees, (C, *S)
     return (math.prod(shape)/math.prod(base))**(1/(len(shape) - 1))
 
 # %% ../nbs/21_recipes.ipynb #05ff8257
+def _uniform(schedule, n): return grid_uniform(n, 1., .03)     # report 05's, for rectified flow
+
 @dataclass(frozen=True)
 class VolumeRecipe:
     "All that decides a training run on volumes, besides data and seed"
@@ -265,6 +278,14 @@ class VolumeRecipe:
     bf16:bool=True # run the network in bfloat16, on a GPU?
     ema:float=0. # largest decay of the average; 0: none
     loss:Callable=denoising_loss # (denoiser, x0, t, eps, cond, weight) -> (B,)
+    sd:float|None=1. # std of the field that the denoiser counts on, 1 in all of the seed's; None: as measured
+    units:str='pixels' # as in `Recipe`; of a field without a codec
+    weight:Callable|None=None # as in `Recipe`
+    sampler:Callable=sample_dpmpp2m # (denoiser, x_T, grid, generator=...) -> sample
+    grid:Callable=_uniform # (schedule, questions) -> falling times
+    nfe:int=20 # times of the grid
+    guide:float=1. # as in `Recipe`
+    early:float=.2 # as in `Recipe`
     best:float|None=None # the seed's best validation loss, flow target
     fate:str='' # what became of it
 
@@ -344,19 +365,36 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
                   codec:Codec=None, # with statistics of 'image' and 'mask', where the recipe names one
                   steps:int=0, # optimiser steps; 0: as many as its epochs are
                   seed:int=0, # of everything random
+                  run:Run=None, # whose log and checkpoints; None: neither
                   callbacks=(), # more of them
                   device='cpu' # where
-                 ) -> SimpleNamespace: # model (the average, if there is one), online, log, state
-    "Train a recipe of volumes, at whatever size the cases have"
+                 ) -> SimpleNamespace: # model (the average, if there is one), guided (what to draw from), online, log, state
+    "Train a recipe of volumes, at whatever size the cases have; with a run, the same call goes on after a kill"
     if (codec is None) != (r.codec == 'pixels'):
         raise ValueError(f"recipe '{r.name}' works in {r.codec}: pass {'no codec' if codec else 'a fitted codec'}")
     shape = (1, *cases.image.shape[2:])
     if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]:
         raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
+    if cases.mask is None and r.mode != 'unconditional':
+        raise ValueError(f"recipe '{r.name}' needs masks and these cases have none: take an unconditional one")
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
-    D, log, ema = Denoiser(r.net(), r.schedule(), r.target).to(device), Log(), [EMA(r.ema)] if r.ema else []
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
+    x = to_field(cases.mask if r.mode.startswith('seg') else cases.image)
+    D = _united(r, r.net(), r.schedule(), x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
+    log, ema = Log(run), [EMA(r.ema)] if r.ema else []; early = [Early(*ema, r.early)]*(r.guide != 1)
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
-    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, None, r.warmup*epoch, r.clip,
-                r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2), [*ema, log, *callbacks], r.opt)
-    return SimpleNamespace(model=ema[0].model if ema else D, online=D, log=log, state=state)
+    keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}',
+                        config=dict(recipe=r.name, seed=seed))] if run else []
+    state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
+                r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
+                [*ema, log, *early, *keep, *callbacks], r.opt)
+    model = ema[0].model if ema else D
+    guided = Guided(model, scale=r.guide, against=early[0].model) if early else model
+    return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)
+
+# %% ../nbs/21_recipes.ipynb #3867b668
+_little = partial(UNet, 3, base=16, mults=(1,2,2), blocks=1, patch=2)
+for _name, _mode in (('small-volumes', 'unconditional'), ('small-volumes-masks', 'bravo')):
+    add_volume(VolumeRecipe(_name, _told(_mode, _little), (1,32,32,32), modes[_mode].maps, .464, 5e-4, _mode,
+                            schedule=cosine, target='F', density=None, lr=.05, epochs=40, batch=4, warmup=2, opt=Muon,
+                            bf16=False, ema=.99, sd=None, units='frequencies', grid=partial(grid_edm, smin=.01), guide=2.))
