@@ -397,4 +397,5 @@ _little = partial(UNet, 3, base=16, mults=(1,2,2), blocks=1, patch=2)
 for _name, _mode in (('small-volumes', 'unconditional'), ('small-volumes-masks', 'bravo')):
     add_volume(VolumeRecipe(_name, _told(_mode, _little), (1,32,32,32), modes[_mode].maps, .464, 5e-4, _mode,
                             schedule=cosine, target='F', density=None, lr=.05, epochs=40, batch=4, warmup=2, opt=Muon,
-                            bf16=False, ema=.99, sd=None, units='frequencies', grid=partial(grid_edm, smin=.01), guide=2.))
+                            bf16=False, ema=.99, sd=None, units='frequencies', guide=2.,
+                            grid=partial(grid_edm, smin=.01)))
