@@ -48,9 +48,9 @@ def find_report(
     "The path of a report's notebook"
     path = Path(report); asked = path.name.removesuffix('.ipynb')
     if path.suffix=='.ipynb' and path.exists(): return path.absolute()
-    names = sorted(p.stem for p in reports_dir().glob('*.ipynb'))
+    folder = reports_dir(); names = sorted(p.stem for p in folder.glob('*.ipynb'))
     fits = [n for n in names if n==asked] or [n for n in names if n.startswith(asked)]
-    if path.parent==Path() and asked and len(fits)==1: return reports_dir()/f'{fits[0]}.ipynb'
+    if path.parent==Path() and asked and len(fits)==1: return folder/f'{fits[0]}.ipynb'
     raise FileNotFoundError(f"no report '{report}'; there are: {', '.join(names)}")
 
 # %% ../nbs/22_experiments.ipynb #164a7acf

@@ -150,6 +150,8 @@ def recipe(name:str=default, # of a recipe in the table
 # %% ../nbs/21_recipes.ipynb #83f69d7c
 def _united(r, net, sch, sd, psd):
     "A denoiser in a recipe's units"
+    if r.units not in ('pixels', 'frequencies'):
+        raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
     if r.units == 'frequencies':
         return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
     return Denoiser(net, sch, r.target, r.sd or sd)
@@ -160,8 +162,6 @@ def denoiser(r:Recipe, # what to build
              psd:Tensor=None # power per frequency, (*S), for a recipe in units of frequencies
             ) -> Denoiser:
     "The untrained denoiser of a recipe; with 3 channels its parameters are counted"
-    if r.units not in ('pixels', 'frequencies'):
-        raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
     if r.units == 'frequencies' and psd is None:
         raise ValueError(f"recipe '{r.name}' counts in units of frequencies: pass psd=psd_of(data)")
     sch = r.schedule(); net = r.net(channels, sch)
@@ -184,6 +184,11 @@ def effort(r:Recipe, # of which
     return lam, e/torch.trapezoid(e, lam).abs()
 
 # %% ../nbs/21_recipes.ipynb #5729c093
+def _keep(r, run, seed, steps):
+    "Twenty checkpoints of a training, or one every thousand steps, in its run, if it has one"
+    return [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', min(1000, max(1, steps//20)),
+                        config=dict(recipe=r.name, seed=seed))] if run else []
+
 def train(r:Recipe, # what to train
           data:Images, # on what
           seed:int=0, # of everything random
@@ -198,10 +203,9 @@ def train(r:Recipe, # what to train
     D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
     ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
     early = [Early(ema, r.early)]*(r.guide != 1)
-    keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}',
-                        config=dict(recipe=r.name, seed=seed))] if run else []
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
-                generator=gen(2), callbacks=[ema, log, *early, *keep, *callbacks], opt=r.opt, rate=r.rate)
+                generator=gen(2), opt=r.opt, rate=r.rate,
+                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps), *callbacks])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -223,13 +227,13 @@ def draw(r, # a `Recipe` or `VolumeRecipe`, for its sampler
         raise ValueError(f"recipe '{r.name}' is guided: draw from `train(...).guided`, "
                          "or from the average with replace(r, guide=1.)")
     if r.codec != 'pixels': raise ValueError(f"recipe '{r.name}' draws {r.codec}: sample and decode it (chapter 18)")
+    if cond is not None and (m := {len(v) for v in (cond.values() if isinstance(cond, dict) else [cond])}) != {n}:
+        raise ValueError(f'{n} fields cannot be asked for with a condition for {", ".join(map(str, sorted(m)))}')
     g, dev = torch.Generator().manual_seed(1000*seed + 10), next(model.parameters()).device
     grid = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + own)))
     z = model.schedule.prior((n, *shape), g, grid[0])
-    def told(c): return (Guided(model.denoiser, c, model.scale, model.interval, model.against) if own else
-                         Guided(model, c))
     def part(i):
-        D = model if cond is None else told(cond[i:i+batch].to(dev))
+        D = model if cond is None else Guided(model, cond[i:i+batch].to(dev))      # tells `against` the same
         return r.sampler(D, z[i:i+batch].to(dev), grid, generator=g).x.clamp(-1, 1).cpu()
     with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
         return torch.cat([part(i) for i in progress(range(0, n, batch), desc='sample')])
@@ -360,6 +364,14 @@ add_volume(
     _latent('exp13', **_four, make=partial(dit, 'S', dim=3, patch=2), params=40.4, positions=20480*384, fate='not run'))
 
 # %% ../nbs/21_recipes.ipynb #0d6a83e2
+def _measured(r, cases):
+    "Std and spectrum of what a recipe draws, of as many volumes as are easily held; None where it does not ask"
+    if r.sd is not None and r.units == 'pixels': return None, None
+    few = Cases(*(v if v is None else v[:max(8, 2**26//cases.image[0].numel())] for v in cases))
+    x = modes[r.mode].batch(to_field(few.image), few.mask if few.mask is None else few.mask.float(), few.bins)
+    x = x[0] if isinstance(x, tuple) else x
+    return x.std().item(), psd_of(x) if r.units == 'frequencies' else None
+
 def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a smaller network
                   cases:Cases, # training volumes, of any size
                   codec:Codec=None, # with statistics of 'image' and 'mask', where the recipe names one
@@ -375,19 +387,19 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     shape = (1, *cases.image.shape[2:])
     if (c := latent_shape(codec, shape)[0] if codec else 1) != r.field[0]:
         raise ValueError(f"recipe '{r.name}' draws {r.field[0]} channels, the codec makes {c}")
+    if codec and (r.sd is None or r.units != 'pixels'):
+        raise ValueError(f"recipe '{r.name}': a codec measures its latents itself, so leave sd=1 and units='pixels'")
+    if r.guide != 1 and not r.ema: raise ValueError(f"recipe '{r.name}' is guided by an earlier average: set ema, too")
     if cases.mask is None and r.mode != 'unconditional':
         raise ValueError(f"recipe '{r.name}' needs masks and these cases have none: take an unconditional one")
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
-    x = to_field(cases.mask if r.mode.startswith('seg') else cases.image)
-    D = _united(r, r.net(), r.schedule(), x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
+    D = _united(r, r.net(), r.schedule(), *_measured(r, cases)).to(device)
     log, ema = Log(run), [EMA(r.ema)] if r.ema else []; early = [Early(*ema, r.early)]*(r.guide != 1)
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
-    keep = [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}',
-                        config=dict(recipe=r.name, seed=seed))] if run else []
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*ema, log, *early, *keep, *callbacks], r.opt)
+                [*ema, log, *early, *_keep(r, run, seed, steps), *callbacks], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

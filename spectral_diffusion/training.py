@@ -364,7 +364,7 @@ class Log:
         if self.run and s.main and (s.step % self.every == 0 or s.step == s.steps):
             loss = self.curve(self.every).mean().item()
             self.run.log('train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(),
-                 items_per_s=s.items/(time.time()-s.t0))
+                         items_per_s=s.items/(time.time()-s.t0))
     def curve(self, last:int=0 # of so many last steps; 0: all
              ): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
