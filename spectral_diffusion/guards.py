@@ -163,18 +163,19 @@ def r_squared(denoiser:Denoiser, # network, target and schedule
               cond=None, # condition for the network
               bins:int=4 # parts of the batch, so of the times; divides B
              ) -> Tensor: # (bins, C), at most 1
-    "Share of the target's variance that the network explains, per part of the clock and channel"
+    "Share of the target's variance that the network explains, per part of the clock and channel; 0 where nothing varies"
     sch = denoiser.schedule
     a, s = sch.coeffs(t, x0)
     X0, E = sch.to(x0), sch.to(eps)
     want = to_target(denoiser.target, X0, E, a, s, denoiser.sd)
     miss = sch.to(denoiser.predict(sch.back(a*X0 + s*E), t, cond).float()) - want
     fold = lambda v: v.reshape(bins, -1, *v.shape[1:]).transpose(1, 2).flatten(2)
-    return 1 - fold(miss).square().mean(2)/fold(want).var(2, correction=0)
+    mse, var = fold(miss).square().mean(2), fold(want).var(2, correction=0)
+    return (1 - mse/var).where((var > 0) | ~mse.isfinite(), 0.)
 
 # %% ../nbs/16_guards.ipynb #8fed6b6a
 class CollapseGuard(Guard):
-    "Ask to go back when R2 on a fixed probe, once above `high`, falls below `low` in any part of the clock and channel"
+    "Ask to go back when R2 on a fixed probe, once above `high`, falls below `low` in any part of the clock and channel, or is no number"
     def __init__(self,
         x0:Tensor, # probe of clean fields, (B, C, *S); 64 is plenty
         cond=None, # their condition
@@ -202,9 +203,9 @@ class CollapseGuard(Guard):
         super().ready(s)
         if s.step: self.after_step(s)                       # resumed: the look that this step still has to get
     def after_step(self, s):
-        if s.step % self.every: return
+        if s.step % self.every and s.step < s.steps: return
         r2 = self.look(s); self.best = self.best.maximum(r2.nan_to_num(-math.inf))
-        for b, c in ((self.best > self.high) & ~(r2 >= self.low)).nonzero().tolist()[:1]:
+        for b, c in (~r2.isfinite() | (self.best > self.high) & ~(r2 >= self.low)).nonzero().tolist()[:1]:
             s.sick, self.at = (f'R2 in channel {c} around t={(b+.5)/self.bins:.2f} '
                                f'fell from {self.best[b,c]:.2f} to {r2[b,c]:.2f}'), None
     def well(self, s): return bool((self.look(s) >= self.best - .2).all())
