@@ -295,7 +295,8 @@ def _write(self:Store, step, tensors, facts):
     names, token = [f'{stem}-{i+1}of{len(parts)}.safetensors' for i in range(len(parts))], secrets.token_hex(4)
     try:
         with ThreadPoolExecutor(2) as ex:
-            shards = dict(zip(names, ex.map(lambda n,p: _write_shard(self.folder/n, p, token), names, parts)))
+            written = ex.map(lambda n,p: _write_shard(self.folder/n, p, token), names, parts)
+            shards = dict(zip(names, [*progress(written, len(parts), 'save', after=2.)]))
         sync(self.folder)
         _write_index(self.folder/f'{stem}.json', facts | dict(shards=shards))
     except BaseException:
@@ -342,13 +343,13 @@ def _read(self:Store, index):
     o = _read_index(index)
     flat, jobs = _blank(o['state']), []
     with ThreadPoolExecutor(os.cpu_count()) as ex:
-        for (name,facts),where in zip(o['shards'].items(),
-                                      ex.map(lambda n: _check(self.folder/n, o['shards'][n]), o['shards'])):
+        checks = ex.map(lambda n: _check(self.folder/n, o['shards'][n]), o['shards'])
+        for (name,facts),where in zip(o['shards'].items(), [*progress(checks, len(o['shards']), 'check', after=2.)]):
             for key,(a,b) in where.items():
                 base, _, i = key.partition(':')
                 at = int(i or 0)*flat[base].element_size()
                 jobs.append((self.folder/name, key, a, _bytes(flat[base])[at:at+b-a], facts['crc'][key]))
-        list(ex.map(lambda j: _fill(*j), jobs))
+        list(progress(ex.map(lambda j: _fill(*j), jobs), len(jobs), 'load', after=2.))
     return AttrDict(step=o['step'], state=unflatten(o['state'], flat),
                     config=unflatten(o['config'], {}), score=unflatten(o['score'], {}))
 
@@ -421,6 +422,7 @@ def _alone_in_process(f, job, parent, out):
     try: f(job)
     except BaseException: out.send(traceback.format_exc()[-9999:]); raise SystemExit(1)
 
+# %% ../nbs/14_checkpoints.ipynb #41e8ab59
 def apart(
     f,       # function of one job, called for what it does
     jobs,    # what to call it with
@@ -452,6 +454,7 @@ def _keep(job, compute, folder, until):
     out = compute(job)
     with replacing(_file(folder, job)) as tmp: torch.save(out, tmp)
 
+# %% ../nbs/14_checkpoints.ipynb #76e43701
 def kept(
     jobs,        # named tuples, each of which says what its result depends on
     compute,     # job -> result; a function of the notebook's top level

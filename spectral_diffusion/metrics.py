@@ -44,8 +44,8 @@ def bootstrap(
 )->Score:
     "`f(*xs)` with its percentile bootstrap interval"
     draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
-    low, high = torch.stack([f(*map(draw, xs)) for _ in range(n)]).double().quantile(
-        torch.tensor([.025,.975], dtype=torch.float64))
+    again = [f(*map(draw, xs)) for _ in progress(range(n), desc='resamples', after=2.)]
+    low, high = torch.stack(again).double().quantile(torch.tensor([.025,.975], dtype=torch.float64))
     return Score(float(f(*xs)), float(low), float(high), min(map(len, xs)), name)
 
 # %% ../nbs/07_metrics.ipynb #a6c7b9d3
@@ -351,7 +351,8 @@ def mmd2(
     return within(x) + within(y) - 2*kernel(x, y).mean()
 
 # %% ../nbs/07_metrics.ipynb #bc0f5dbe
-def _row_sums(x, y): return torch.cat([poly_kernel(c, y).sum(1) for c in x.split(1024)])
+def _row_sums(x, y):
+    return torch.cat([poly_kernel(c, y).sum(1) for c in progress(x.split(1024), desc='kernel', after=2.)])
 
 def _kid_all(x, y):
     n,m = len(x),len(y)
@@ -442,7 +443,8 @@ def precision_recall(
     both = lambda i,j: torch.stack([covered(fr[j][:,i], rr[i][:,i], k), covered(fr[j][:,i].T, ff[j][:,j], k)])
     half = lambda x: torch.randperm(len(x), generator=generator)[:len(x)//2]
     v = both(torch.arange(len(real)), torch.arange(len(fake)))
-    h = _t975(halves-1)*torch.stack([both(half(real), half(fake)) for _ in range(halves)]).std(0)
+    again = [both(half(real), half(fake)) for _ in progress(range(halves), desc='halves', after=2.)]
+    h = _t975(halves-1)*torch.stack(again).std(0)
     return tuple(Score(float(a), max(0., float(a-b)), min(1., float(a+b)), n, s)
                  for a,b,s in zip(v, h, ('precision','recall')))
 
@@ -457,7 +459,8 @@ def rapsd_distance(
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f'spectra need images of one shape, got {tuple(a.shape[1:])} and {tuple(b.shape[1:])}')
     def f(a, b): return (10*(rapsd(a)[1]/rapsd(b)[1])[1:].log10()).square().mean().sqrt()
-    v = float(f(a, b)); h = float(jackknife(v, [f(drop(a, i, groups), drop(b, i, groups)) for i in range(groups)])[0])
+    without = [f(drop(a, i, groups), drop(b, i, groups)) for i in progress(range(groups), desc='jackknife', after=2.)]
+    v = float(f(a, b)); h = float(jackknife(v, without)[0])
     return Score(v, max(0., v-h), v+h, n, 'LSD (dB)')
 
 # %% ../nbs/07_metrics.ipynb #15be547a

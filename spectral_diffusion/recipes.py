@@ -189,6 +189,7 @@ def _keep(r, run, seed, steps):
     return [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', min(1000, max(1, steps//20)),
                         config=dict(recipe=r.name, seed=seed))] if run else []
 
+# %% ../nbs/21_recipes.ipynb #5729c095
 def train(r:Recipe, # what to train
           data:Images, # on what
           seed:int=0, # of everything random
@@ -372,6 +373,7 @@ def _measured(r, cases):
     x = x[0] if isinstance(x, tuple) else x
     return x.std().item(), psd_of(x) if r.units == 'frequencies' else None
 
+# %% ../nbs/21_recipes.ipynb #0d6a83e4
 def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a smaller network
                   cases:Cases, # training volumes, of any size
                   codec:Codec=None, # with statistics of 'image' and 'mask', where the recipe names one

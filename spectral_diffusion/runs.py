@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['replacing', 'plain', 'revive', 'write_json', 'read_json', 'git_facts', 'cpu_name', 'system_facts', 'check_writable',
-           'Run', 'styles', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'progress', 'overhear']
+           'Run', 'styles', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'plot_log', 'progress',
+           'overhear']
 
 # %% ../nbs/01_runs.ipynb #022747a4
 import itertools, json, math, operator, os, platform, re, subprocess, sys, tempfile, textwrap, time, warnings
@@ -300,6 +301,28 @@ def load_run(
     log = [revive(json.loads(l)) for l in (folder/'log.jsonl').read_bytes().split(b'\n')[:-1]]
     return AttrDict(folder=folder, report=m.report, name=m.name, metrics=m.metrics, claims=m.claims, log=log,
                     parameters=read_json(folder/'parameters.json'), system=read_json(folder/'system.json'))
+
+# %% ../nbs/01_runs.ipynb #9cd00427
+def plot_log(
+    runs,         # what `load_run` read, or name -> that, for several
+    what='train', # the events to draw; those of a training, if not told otherwise
+    x='step',     # their field along the horizontal axis
+    y='loss',     # and along the vertical one
+):
+    "A field of the log over another, a line for each run, with marks where other events happened; returns the axes"
+    import matplotlib.pyplot as plt
+    ax = plt.subplots(figsize=(8,2.8), layout='constrained')[1]
+    for (name, r), style in zip(({runs.name: runs} if 'log' in runs else runs).items(), styles()):
+        curve, other = [[o for o in r.log if x in o and (o.event == what) == b] for b in (True, False)]
+        if not any(y in o for o in curve):
+            raise ValueError(f"run '{name}' has no event '{what}' with {x} and {y}: "
+                             f"it has {', '.join(dict.fromkeys(o.event for o in r.log))}")
+        ax.plot(*zip(*[(o[x], o[y]) for o in curve if y in o]), label=name, **style)
+        for e, mark in zip(dict.fromkeys(o.event for o in other), 'x^ovs*'):
+            at = [o[x] for o in other if o.event == e]
+            ax.plot(at, [.96]*len(at), mark, c=style['color'], ms=6, label=e, transform=ax.get_xaxis_transform())
+    ax.set(xlabel=x, ylabel=y); ax.legend(fontsize=8)
+    return ax
 
 # %% ../nbs/01_runs.ipynb #57d8e32d
 class _Bar:

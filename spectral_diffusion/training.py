@@ -124,6 +124,7 @@ def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
                 where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
                 counts=dict(step=self.step, items=self.items, scale=self.scale), events=self.events)
 
+# %% ../nbs/15_training.ipynb #8d0e8722
 @patch
 def load_state_dict(self:TrainState, state:dict, # from `state_dict`
                     where:bool=True # the position in data and random numbers too?

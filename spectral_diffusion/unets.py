@@ -732,6 +732,7 @@ def embed(self:VolumeUNet,
         raise ValueError('this network is unconditional: build it with tell=... to pass a condition')
     return F.silu(e + self.tell(cond, len(e)) if self.tell else e)
 
+# %% ../nbs/12_unets.ipynb #c82e1d65
 @patch
 def go_down(self:VolumeUNet,
             x:Tensor, # field, (B, C, *S)
@@ -756,6 +757,7 @@ def go_up(self:VolumeUNet,
              else again(self.recompute, joined, block, h, skips.pop(), e))
     return again(self.recompute, self.head, h)
 
+# %% ../nbs/12_unets.ipynb #c82e1d67
 @patch
 def forward(self:VolumeUNet,
             x:Tensor, # scaled noisy field, (B, C, *S)

@@ -265,6 +265,7 @@ def _grid(size, mm):
     if mm is None: raise ValueError(f'volumes of size {tuple(size)} need mm, the side of a voxel')
     return tuple(size), mm
 
+# %% ../nbs/09_volumes.ipynb #90390810
 def cohort(
     size=32, # voxels per side of a cube of 192 mm, or a spatial size
     n_train:int=200, # training volumes
@@ -322,6 +323,7 @@ def slices(
     parts = [v.unflatten(0, (len(x), -1)).transpose(0, 1).flatten(0, 1) for v in triplanar(x, n)]
     return torch.cat(parts) if len({p.shape[1:] for p in parts}) == 1 else parts
 
+# %% ../nbs/09_volumes.ipynb #d7c14071
 def volume_kid(
     f:Tensor, # features of slices of n volumes, which vary fastest
     ref:Tensor, # features of the reference's slices
@@ -335,7 +337,8 @@ def volume_kid(
         raise ValueError(f'{len(f)} features of {n} volumes in {groups} groups: '
                          'every volume has as many slices, and a group at least one volume')
     own = torch.arange(len(f)) % n % groups; v = stat(f, ref)
-    h = float(jackknife(v, [stat(f[own != g], ref) for g in range(groups)])[0])
+    without = [stat(f[own != g], ref) for g in progress(range(groups), desc='jackknife', after=2.)]
+    h = float(jackknife(v, without)[0])
     return Score(float(v), float(v) - h, float(v) + h, n, name)
 
 # %% ../nbs/09_volumes.ipynb #27d41aab

@@ -1,21 +1,24 @@
 "Every long call has a clock: a real bar by hand, progress.json under a runner, nothing in tests; and one clock at a time."
-import io, itertools, os, time
+import io, itertools, os, tempfile, time
 from types import SimpleNamespace
 import pytest, torch, tqdm, tqdm.auto
 from spectral_diffusion import runs
 from spectral_diffusion.benchmarks import fresh, interleave
+from spectral_diffusion.checkpoints import Store
 from spectral_diffusion.codecs import Haar, Latent, admit, field_error
 from spectral_diffusion.data import Batches, digits, to_field
 from spectral_diffusion.denoisers import Denoiser, Gaussian
 from spectral_diffusion.designs import design, measure
 from spectral_diffusion.diagnostics import error_map, learning, triage
 from spectral_diffusion.guards import study
-from spectral_diffusion.metrics import features, frechet_ci, kid_subsets, nearest
+from spectral_diffusion.metrics import (bootstrap, features, frechet_ci, kid, kid_subsets, nearest, precision_recall,
+                                        rapsd_distance)
 from spectral_diffusion.rejection import RatioHead, fit_head, sample_diffrs, thresholds
 from spectral_diffusion.samplers import optimize_grid, sample_ddim, samplers
 from spectral_diffusion.schedules import cosine, flow, grid_logsnr, grid_uniform
 from spectral_diffusion.training import fit
 from spectral_diffusion.unets import UNet
+from spectral_diffusion.volumes import volume_kid
 
 gen = lambda seed=0: torch.Generator().manual_seed(seed)
 D, x, g = Gaussian(flow(), .25), torch.randn(4, 1, 8, generator=gen()), grid_uniform(9, .9, .01)
@@ -34,6 +37,11 @@ def look():
 def small(): torch.manual_seed(0); return Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5)
 def held(): data = digits(); return learning(small().eval(), to_field(data.test[:32]), to_field(data.train[:64]))
 
+def shards(load):
+    with tempfile.TemporaryDirectory() as tmp:
+        store = Store(tmp, shard=4); store.save(1, dict(x=torch.arange(9)))
+        return store.load() if load else None
+
 none = lambda x, t: torch.zeros(len(x))
 calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k == 'restart' else 'sample')
          for k in samplers} | {
@@ -51,11 +59,18 @@ calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k =
     'Codec.fit': (lambda: Haar().fit(x, batch=2), 'fit codec'), 'admit': (lambda: admit(Haar(), x, batch=2), 'admit'),
     'field_error': (lambda: field_error(Latent(D, Haar(), (1, 8)), x, (0., 1.), gen()), 'field error'),
     'kid_subsets': (lambda: kid_subsets(*torch.randn(2, 9, 3, generator=gen()), 5, 2, gen()), 'subsets'),
+    'kid': (lambda: kid(*torch.randn(2, 3000, 2, generator=gen())), 'kernel'),
+    'precision_recall': (lambda: precision_recall(*torch.randn(2, 20, 3, generator=gen())), 'halves'),
+    'bootstrap': (lambda: bootstrap(torch.mean, torch.randn(9, generator=gen()), n=9), 'resamples'),
+    'rapsd_distance': (lambda: rapsd_distance(*torch.randn(2, 20, 1, 8, 8, generator=gen())), 'jackknife'),
+    'volume_kid': (lambda: volume_kid(*torch.randn(2, 16, 3, generator=gen()), 8), 'jackknife'),
+    'Store.save': (lambda: shards(False), 'save'), 'Store.load': (lambda: shards(True), 'load'),
     'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
     'fresh': (lambda: fresh(dict(a=('builtins:eval', 'int')), reps=3), 'rounds')}
 
-# bars that come first, one after the other
-before = dict(optimize_grid={'sample'}, sample_diffrs={'thresholds'}, fresh={'prepare'})
+# bars that come before or after, one at a time
+before = dict(optimize_grid={'sample'}, sample_diffrs={'thresholds'}, fresh={'prepare'}, fit_head={'resamples'},
+              **{'Store.load': {'save', 'check'}})
 
 @pytest.fixture
 def hand(monkeypatch):
