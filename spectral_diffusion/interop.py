@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['predicts', 'to_step', 'to_time', 'schedule_of', 'Wrapped', 'wrap', 'ask_diffusers', 'Preconditioned',
-           'from_diffusers', 'is_flow', 'table_of', 'to_scheduler', 'ForDiffusers', 'Pictures', 'scalars',
+           'from_diffusers', 'family', 'table_of', 'to_scheduler', 'ForDiffusers', 'Pictures', 'scalars',
            'to_tensorboard']
 
 # %% ../nbs/23_interop.ipynb #6d98dfc9
@@ -13,7 +13,7 @@ from calendar import timegm
 from pathlib import Path
 from types import SimpleNamespace
 from torch import nn, Tensor
-from .schedules import Schedule, edm, flow, flow_path, table, to_target, vp, _d
+from .schedules import Schedule, edm, flow, flow_path, table, to_target, ve, vp, _d
 from .denoisers import Denoiser, check_times
 from .data import to_uint8
 
@@ -103,10 +103,12 @@ def from_diffusers(net, # UNet2DModel, DiTTransformer2DModel, ...: (x_t, step, .
     return Denoiser(Preconditioned(net, answer), sch, 'F', c.sigma_data)
 
 # %% ../nbs/23_interop.ipynb #a454f2e5
-def is_flow(schedule:Schedule # any
-           ) -> bool: # is it x_t = (1-t) x0 + t eps, with white noise?
-    "Whether schedulers of rectified flow can follow a schedule"
-    return schedule.path is flow_path and not schedule.filter and abs(schedule.alpha(.25).item() - .75) < 1e-9
+def family(schedule:Schedule # any
+          ) -> str: # FlowMatch, EDM, or nothing: those with a table
+    "How the names of the schedulers begin that can follow a schedule"
+    white, is_flow = not schedule.filter, schedule.path is flow_path
+    if white and is_flow and abs(schedule.alpha(.25).item() - .75) < 1e-9: return 'FlowMatch'   # at this pace
+    return 'EDM' if white and schedule.path is ve else ''
 
 def table_of(schedule:Schedule, # variance preserving
              K:int=1000 # steps
@@ -118,16 +120,20 @@ def table_of(schedule:Schedule, # variance preserving
     return schedule.alpha(to_time(torch.arange(K), K))**2
 
 # %% ../nbs/23_interop.ipynb #690cb928
-def to_scheduler(schedule:Schedule, # variance preserving, or `flow`
-                 cls, # scheduler class of diffusers: one that takes `trained_betas`; for `flow`, FlowMatch...
+def to_scheduler(schedule:Schedule, # variance preserving, `flow` or `edm`
+                 cls, # scheduler class of diffusers: FlowMatch... for `flow`, EDM... for `edm`, or with `trained_betas`
                  K:int=1000, # steps
-                 **kw # more arguments of `cls`, such as prediction_type or clip_sample=False
+                 **kw # more arguments of `cls`, such as prediction_type, clip_sample=False or sigma_data
                 ): # an instance of cls
     "A diffusers scheduler with our schedule"
-    if is_flow(schedule) != cls.__name__.startswith('FlowMatch'):
-        raise ValueError(f"{cls.__name__} cannot follow {schedule.name}: "
-                         "flow goes with FlowMatch... schedulers, a table with the others")
-    if is_flow(schedule): return cls(num_train_timesteps=K, **kw)
+    kind = family(schedule)
+    if kind != next((k for k in ('FlowMatch', 'EDM') if cls.__name__.startswith(k)), ''):
+        raise ValueError(f"{cls.__name__} cannot follow {schedule.name}: flow goes with FlowMatch... schedulers, "
+                         "edm with EDM... ones, a table with the others")
+    if kind == 'FlowMatch': return cls(num_train_timesteps=K, **kw)
+    if kind == 'EDM':
+        low, high = (-schedule.logsnr(_d([0., 1.]))/2).exp().tolist()
+        return cls(num_train_timesteps=K, **dict(sigma_min=10*low, sigma_max=high) | kw)    # as `schedule_of` reads it
     abar = table_of(schedule, K)
     betas = 1 - abar/torch.cat([abar.new_ones(1), abar[:-1]])
     return cls(num_train_timesteps=K, trained_betas=betas.tolist(), **kw)
@@ -139,21 +145,29 @@ class ForDiffusers(nn.Module):
         denoiser, # D(x_t, t, cond) -> x0_hat, with a white `schedule`
         size:int=None, # side of its images, for pipelines
         channels:int=3, # of its images, for pipelines
-        target:str='', # what to answer: eps, x0 or v, as the scheduler's prediction_type says; empty: eps, for `flow` u
-        K:int=1000 # steps of the clock
+        target:str='', # what to answer: eps, x0 or v, as the scheduler's prediction_type says; empty: eps; `flow` u, `edm` F
+        K:int=1000, # steps of the clock
+        sd:float=.5 # the scheduler's sigma_data, for `edm`
     ):
         super().__init__()
-        self.denoiser,self.K,self.flows = denoiser,K,is_flow(denoiser.schedule)
-        if not self.flows: table_of(denoiser.schedule)                # refuses what no scheduler can follow
-        self.target = target or ('u' if self.flows else 'eps')
+        self.denoiser,self.K,self.sd,self.kind = denoiser,K,sd,family(denoiser.schedule)
+        if not self.kind: table_of(denoiser.schedule)                # refuses what no scheduler can follow
+        self.target = target or dict(FlowMatch='u', EDM='F').get(self.kind, 'eps')
         self.config = SimpleNamespace(sample_size=size, in_channels=channels, out_channels=channels)
     dtype = torch.float32
     device = property(lambda self: next((p.device for p in self.parameters()), torch.device('cpu')))
 
+    def time(self, step):
+        "Our time of the number that its scheduler hands over"
+        if self.kind != 'EDM': return _d(step)/self.K if self.kind else to_time(step, self.K)
+        t = self.denoiser.schedule.t_of(-8*_d(step))
+        return t.where((t < 1) | (t > 1 + 1e-6), 1.)                 # the largest sigma, rounded to float32
+
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        t = _d(timestep)/self.K if self.flows else to_time(timestep, self.K)
-        (a, s), x0 = self.denoiser.schedule.coeffs(t, sample), self.denoiser(sample, t, class_labels)
-        y = to_target(self.target, x0, (sample - a*x0)/s, a, s)
+        t = self.time(timestep); a, s = self.denoiser.schedule.coeffs(t, sample)
+        x = sample*(s**2 + self.sd**2).sqrt() if self.kind == 'EDM' else sample
+        x0 = self.denoiser(x, t, class_labels)
+        y = to_target(self.target, x0, (x - a*x0)/s, a, s, self.sd)
         return SimpleNamespace(sample=y) if return_dict else (y,)
 
 # %% ../nbs/23_interop.ipynb #563d460b

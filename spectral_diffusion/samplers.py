@@ -6,8 +6,8 @@
 __all__ = ['Sample', 'tableaus', 'sample_euler', 'sample_midpoint', 'sample_heun2', 'sample_heun3', 'sample_rk4', 'sample_heun',
            'stages', 'spaces', 'GL', 'sample_dpmpp2m', 'sample_dpmpp3m', 'samplers', 'stochastic', 'adaptive', 'Asker',
            'check_grid', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'grid_size', 'sample_exp', 'sample_dpmpp',
-           'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'smooth_bands', 'warp_grid',
-           'optimize_grid']
+           'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'unrespaced', 'smooth_bands',
+           'warp_grid', 'optimize_grid']
 
 # %% ../nbs/06_samplers.ipynb #69ce1a1e
 import itertools, math, torch
@@ -458,6 +458,24 @@ samplers = dict(ddim=sample_ddim, ddpm=sample_ddpm, euler_a=sample_ddpm, euler=s
     restart=sample_restart)
 stochastic = ('ddpm', 'euler_a', 'edm', 'dpmpp2m_sde', 'dpmpp3m_sde', 'restart')
 adaptive = ('fehlberg2', 'bosh3', 'dopri5', 'dopri8')
+
+# %% ../nbs/06_samplers.ipynb #c81ca892
+@torch.no_grad()
+def unrespaced(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
+               x_T:Tensor, # noisy fields at the grid's first time, (B, C, *S)
+               grid:Tensor, # falling times, in (0, 1]
+               generator=None, # source of noise
+               K:int=1000, # steps of the table, to one of which the posterior belongs
+               clip:float=math.inf # largest size of x0_hat
+              ) -> Sample:
+    "Seed 002's DDPM, a fault to compare with: it skips steps, with the posterior of a single one"
+    x = x_T
+    for t in grid:
+        (a, b), (a_, b_) = (denoiser.schedule.coeffs(u, x) for u in (t, max(float(t)-1/K, 1e-6)))
+        x0 = denoiser(x, t).clamp(-clip, clip)
+        up = b_*(1 - (a*b_/(a_*b))**2).clamp(min=0).sqrt()
+        x = (a_*x0 + (b_**2 - up**2).sqrt()*(x - a*x0)/b + up*noise_like(x, generator)).float()
+    return Sample(x, len(grid))
 
 # %% ../nbs/06_samplers.ipynb #47da9394
 def smooth_bands(denoiser, # D(x_t, t, cond) -> x0_hat, with a `schedule`

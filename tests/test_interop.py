@@ -95,6 +95,22 @@ def test_oracle_in_their_flow():
         if name == 'Euler': assert (out[name] - sample_ddim(oracle, x, ts).x).abs().max() < 1e-4
     assert abs(out['Heun'].std() - .5) < .02 < abs(out['Euler'].std() - .5)
 
+def test_oracle_in_their_edm():
+    "A closed form behind EDM's schedulers: their Euler steps are ours, and their multistep has the data's variance"
+    oracle, out = Gaussian(edm(), .25), {}
+    for name in ('EDMEulerScheduler', 'EDMDPMSolverMultistepScheduler'):
+        s = to_scheduler(edm(), scheduler(name).__class__, sigma_data=.3); s.set_timesteps(20)
+        net, x = ForDiffusers(oracle, sd=.3), 80*torch.randn(4000, 1, 2, 2, generator=gen()); y = x
+        with torch.no_grad():
+            for i in s.timesteps: y = s.step(net(s.scale_model_input(y, i), i).sample, i, y).prev_sample
+        out[name[3:8]] = y
+        if 'Euler' in name:
+            b = sample_ddim(oracle, x, edm().t_of(-2*s.sigmas[:-1].double().log()).clamp(max=1.)).x
+            assert (y - b).abs().max() < 1e-3
+    back = schedule_of(s); t = torch.linspace(.1, 1, 9).double()
+    assert torch.allclose(back.logsnr(t), edm().logsnr(t))
+    assert abs(out['DPMSo'].std() - .5) < .02 < abs(out['Euler'].std() - .5)
+
 def test_transformer():
     "A class-conditional DiT that also predicts a variance"
     from diffusers import DiTTransformer2DModel
@@ -115,6 +131,7 @@ def test_there_and_back(net):
 
 def test_refusals():
     with pytest.raises(ValueError, match='no table'): schedule_of(scheduler('ScoreSdeVeScheduler'))
-    for bad in (edm(), coloured(cosine(), power_law((8,), 1.))):
+    for bad in (coloured(edm(), power_law((8,), 1.)), coloured(cosine(), power_law((8,), 1.))):
         with pytest.raises(ValueError, match='variance preserving'): ForDiffusers(Gaussian(bad, 1.))
+    with pytest.raises(ValueError, match='cannot follow edm'): to_scheduler(edm(), scheduler('DDIMScheduler').__class__)
     with pytest.raises(ValueError, match='outside'): wrap(lambda x, i: x, cosine())(torch.randn(1, 2), 0.)

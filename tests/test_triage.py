@@ -5,7 +5,7 @@ from spectral_diffusion.denoisers import Denoiser
 from spectral_diffusion.diagnostics import (check_gaussian, check_one_image, check_range, check_steps,
                                             check_time, check_weights)
 from spectral_diffusion.embeddings import waves
-from spectral_diffusion.samplers import Sample, sample_ddim
+from spectral_diffusion.samplers import Sample, sample_ddim, unrespaced
 from spectral_diffusion.schedules import cosine, grid_edm
 from spectral_diffusion.training import EMA, fit
 from spectral_diffusion.unets import UNet
@@ -50,11 +50,6 @@ def test_inverted_frequencies_are_seen(images, monkeypatch):
 def test_range_mix_up_is_seen(images): assert not check_range(to_field(images[0])/2 + .5, images[1]).ok
 
 def test_unrespaced_sampler_is_seen(images):
-    def unrespaced(D, x, grid, generator=None, K=1000):
-        for t in grid:
-            (a, b), (a_, b_), x0 = *[D.schedule.coeffs(u, x) for u in (t, max(float(t)-1/K, 1e-6))], D(x, t)
-            x = a_*x0 + b_*(x - a*x0)/b
-        return Sample(x, len(grid))
     assert (not check_steps(unrespaced, cosine(), grid, images[1], gen()).ok
             and not check_gaussian(unrespaced, cosine(), grid, images[1], gen()).ok)
 
