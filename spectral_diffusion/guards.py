@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from torch.autograd.graph import saved_tensors_hooks
 from .runs import progress
 from .benchmarks import si
-from .schedules import cosine, to_target
-from .denoisers import Denoiser
+from .schedules import cosine
+from .denoisers import Denoiser, aim
 from .data import Batches, digits, to_field
 from .unets import UNet
 from .training import denoising_loss, fit
@@ -164,11 +164,8 @@ def r_squared(denoiser:Denoiser, # network, target and schedule
               bins:int=4 # parts of the batch, so of the times; divides B
              ) -> Tensor: # (bins, C), at most 1
     "Share of the target's variance that the network explains, per part of the clock and channel; 0 where nothing varies"
-    sch = denoiser.schedule
-    a, s = sch.coeffs(t, x0)
-    X0, E = sch.to(x0), sch.to(eps)
-    want = to_target(denoiser.target, X0, E, a, s, denoiser.sd)
-    miss = sch.to(denoiser.predict(sch.back(a*X0 + s*E), t, cond).float()) - want
+    x, want, *_ = aim(denoiser, x0, t, eps)
+    miss = denoiser.schedule.to(denoiser.predict(x, t, cond).float()) - want
     fold = lambda v: v.reshape(bins, -1, *v.shape[1:]).transpose(1, 2).flatten(2)
     mse, var = fold(miss).square().mean(2), fold(want).var(2, correction=0)
     return (1 - mse/var).where((var > 0) | ~mse.isfinite(), 0.)

@@ -148,12 +148,12 @@ def recipe(name:str=default, # of a recipe in the table
     return replace(recipes[name], **{'name': ', '.join([name, *told]), **changes})
 
 # %% ../nbs/21_recipes.ipynb #83f69d7c
-def _united(r, net, sch, sd, psd):
+def _united(r, net, sch, sd, psd, mean=0.):
     "A denoiser in a recipe's units"
     if r.units not in ('pixels', 'frequencies'):
         raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
     if r.units == 'frequencies':
-        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd)
+        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd, mean)
     return Denoiser(net, sch, r.target, r.sd or sd)
 
 def denoiser(r:Recipe, # what to build
@@ -366,12 +366,13 @@ add_volume(
 
 # %% ../nbs/21_recipes.ipynb #0d6a83e2
 def _measured(r, cases):
-    "Std and spectrum of what a recipe draws, of as many volumes as are easily held; None where it does not ask"
-    if r.sd is not None and r.units == 'pixels': return None, None
+    "Std, spectrum and mean of what a recipe draws, of as many volumes as are easily held; none where it does not ask"
+    if r.sd is not None and r.units == 'pixels': return None, None, 0.
     few = Cases(*(v if v is None else v[:max(8, 2**26//cases.image[0].numel())] for v in cases))
     x = modes[r.mode].batch(to_field(few.image), few.mask if few.mask is None else few.mask.float(), few.bins)
     x = x[0] if isinstance(x, tuple) else x
-    return x.std().item(), psd_of(x) if r.units == 'frequencies' else None
+    if r.units == 'pixels': return x.std().item(), None, 0.
+    return x.std().item(), psd_of(x - x.mean()), x.mean().item()
 
 # %% ../nbs/21_recipes.ipynb #0d6a83e4
 def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a smaller network

@@ -17,8 +17,8 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 from .runs import Run, progress
 from .fourier import hartley, noise_like, same_size
-from .schedules import draw_t, to_target, x0_per_target
-from .denoisers import Denoiser
+from .schedules import draw_t, x0_per_target
+from .denoisers import Denoiser, aim
 from .checkpoints import Store
 
 # %% ../nbs/15_training.ipynb #2e8e8afb
@@ -31,17 +31,14 @@ def denoising_loss(denoiser:Denoiser, # network, target and schedule
                    spectrum:Tensor=None # weight per frequency, (*S), laid out as `freqs`; None: all count the same
                   ) -> Tensor: # (B,)
     "How far the network is from its target, per item"
-    sch, name, sd = denoiser.schedule, denoiser.target, denoiser.sd
-    a, s = sch.coeffs(t, x0)
-    X0, E = sch.to(x0), sch.to(eps)
-    pred = denoiser.predict(sch.back(a*X0 + s*E), t, cond)
-    err = sch.to(pred.float()) - to_target(name, X0, E, a, s, sd)
+    sch, (x, want, a, s) = denoiser.schedule, aim(denoiser, x0, t, eps)
+    err = sch.to(denoiser.predict(x, t, cond).float()) - want
     if spectrum is not None:
         err = (err if sch.filter else hartley(err))*(same_size(spectrum, x0)/spectrum.mean()).sqrt().to(err)
     err = err.square()
     if weight:
         a = a.clamp(min=1e-6)                       # at zero SNR both factors have limits, and their product too
-        err = err*weight(2*(a/s).log())*x0_per_target(name, a, s, sd)**2
+        err = err*weight(2*(a/s).log())*x0_per_target(denoiser.target, a, s, denoiser.sd)**2
     return err.flatten(1).mean(1)
 
 # %% ../nbs/15_training.ipynb #c2cfc13e
