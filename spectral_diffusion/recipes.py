@@ -153,7 +153,8 @@ def _united(r, net, sch, sd, psd, mean=0.):
     if r.units not in ('pixels', 'frequencies'):
         raise ValueError(f"unknown units '{r.units}': use pixels or frequencies")
     if r.units == 'frequencies':
-        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, psd.clamp(min=1e-6).sqrt(), r.sd or sd, mean)
+        each = psd.clamp(min=1e-6).sqrt()
+        return Denoiser(net, coloured(sch, torch.ones_like(psd)), r.target, each, r.sd or sd, mean)
     return Denoiser(net, sch, r.target, r.sd or sd)
 
 def denoiser(r:Recipe, # what to build
