@@ -30,7 +30,7 @@ def few(monkeypatch):
     matplotlib.use('agg')
 
 @pytest.mark.parametrize('kw, error, said', [
-    (dict(size='huge'), ValueError, "size 'huge' is unknown: use one of smoke, desk, full"),
+    (dict(size='huge'), ValueError, "size 'huge' is unknown: use one of smoke, quick, desk, full"),
     (dict(data='mnist'), ValueError, "data 'mnist' is unknown: use one of photos, cifar10"),
     (dict(size='full', data='photos'), FileNotFoundError, 'download it from')])
 def test_refused_before_anything_is_trained(few, tmp_path, monkeypatch, kw, error, said):
