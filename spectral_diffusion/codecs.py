@@ -525,6 +525,7 @@ class PrefixLoss:
         generator:torch.Generator # source of the choice
     ): self.options,self.g = options,generator
     def __call__(self, D, x0, t, eps, cond=None, weight=None):
+        if D.mean: raise ValueError('hidden channels are zeros here, so latents need mean 0: fit the codec')
         c = self.options[int(torch.randint(len(self.options), (1,), generator=self.g))]
         seen = SimpleNamespace(schedule=D.schedule, target=D.target, sd=D.sd,
                                predict=lambda x, t, cond: prefix(D.predict(x, t, cond), c))

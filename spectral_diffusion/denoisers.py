@@ -41,11 +41,11 @@ class Denoiser(nn.Module):
         if mean: self.register_buffer('mean', torch.tensor(float(mean)))
         else: self.mean = 0.
 
-    def centred(self, x, t):
-        "x_t without what the mean of the data contributes"
-        if not torch.is_tensor(self.mean): return x
-        a, flat = self.schedule.coeffs(t, x)[0], self.mean.expand_as(x)
-        return x - self.schedule.back(a*self.schedule.to(flat))
+    def shift(self, t, x):
+        "What the mean of the data contributes to x_t"
+        if not torch.is_tensor(self.mean): return 0.
+        zeroth = (..., *[slice(1)]*(x.ndim - 2))                  # all that a constant has, in any filter
+        return self.schedule.coeffs(t, x)[0][zeroth]*self.mean
 
     def input_std(self, t, x):
         "What x_t is divided by, where the schedule works"
@@ -55,13 +55,13 @@ class Denoiser(nn.Module):
     def predict(self, x, t, cond=None):
         "The network's raw answer, in the target's terms"
         if not x.is_cuda: check_times(t)
-        x = self.centred(x, t)
+        x = x - self.shift(t, x)
         scaled = self.schedule.back(self.schedule.to(x)/self.input_std(t, x))
         logsnr = self.schedule.logsnr(_d(t).to(x.device)).clamp(-20, 20).to(x).expand(len(x))
         return self.net(scaled, logsnr, cond)
 
     def forward(self, x, t, cond=None):
-        sch, pred, x = self.schedule, self.predict(x, t, cond), self.centred(x, t)
+        sch, pred, x = self.schedule, self.predict(x, t, cond), x - self.shift(t, x)
         x0 = sch.back(from_target(self.target, sch.to(pred.float()), sch.to(x), *sch.coeffs(t, x), self.sd)[0])
         return x0 + self.mean if torch.is_tensor(self.mean) else x0
 

@@ -144,7 +144,8 @@ def answers(denoiser, # a `Denoiser` with a network
             ts:Tensor # times, (K,)
            ) -> Tensor: # (K, B, C, *S)
     "The raw answers to one and the same input, said to be at other times"
-    def scaled(t): return denoiser.schedule.back(denoiser.schedule.to(x)*denoiser.input_std(t, x))
+    sch = denoiser.schedule
+    def scaled(t): return sch.back(sch.to(x)*denoiser.input_std(t, x)) + denoiser.shift(t, x)
     return torch.stack([denoiser.predict(scaled(t), t) for t in ts])
 
 # %% ../nbs/20_diagnostics.ipynb #e67c5298
@@ -156,7 +157,7 @@ def check_time(denoiser, # a `Denoiser` with a network
     "Is the network's answer a smooth and real function of the noise level?"
     rough, heard, rms = [], [], lambda d: d.square().mean().sqrt().item()
     for t in (.3, .5, .7):
-        x = denoiser.schedule.corrupt(x0[:8], noise_like(x0[:8], generator), t)
+        x = denoiser.schedule.corrupt(x0[:8], noise_like(x0[:8], generator), t) - denoiser.shift(t, x0[:8])
         f = answers(denoiser, x/x.std(), torch.linspace(t, t + 20/K, 21, dtype=torch.float64))
         if f.abs().max() == 0:
             return Check('answer against noise level', False,

@@ -152,6 +152,8 @@ class ForDiffusers(nn.Module):
         super().__init__()
         self.denoiser,self.K,self.sd,self.kind = denoiser,K,sd,family(denoiser.schedule)
         if not self.kind: table_of(denoiser.schedule)                # refuses what no scheduler can follow
+        if self.kind == 'EDM' and target not in ('', 'F'):
+            raise ValueError(f"EDM's schedulers are told F, not {target}: leave target and prediction_type alone")
         self.target = target or dict(FlowMatch='u', EDM='F').get(self.kind, 'eps')
         self.config = SimpleNamespace(sample_size=size, in_channels=channels, out_channels=channels)
     dtype = torch.float32
@@ -160,8 +162,7 @@ class ForDiffusers(nn.Module):
     def time(self, step):
         "Our time of the number that its scheduler hands over"
         if self.kind != 'EDM': return _d(step)/self.K if self.kind else to_time(step, self.K)
-        t = self.denoiser.schedule.t_of(-8*_d(step))
-        return t.where((t < 1) | (t > 1 + 1e-6), 1.)                 # the largest sigma, rounded to float32
+        return self.denoiser.schedule.t_of(-8*_d(step))              # 4 step = ln sigma
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
         t = self.time(timestep); a, s = self.denoiser.schedule.coeffs(t, sample)

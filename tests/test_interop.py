@@ -105,7 +105,7 @@ def test_oracle_in_their_edm():
             for i in s.timesteps: y = s.step(net(s.scale_model_input(y, i), i).sample, i, y).prev_sample
         out[name[3:8]] = y
         if 'Euler' in name:
-            b = sample_ddim(oracle, x, edm().t_of(-2*s.sigmas[:-1].double().log()).clamp(max=1.)).x
+            b = sample_ddim(oracle, x, edm().t_of(-2*s.sigmas[:-1].double().log())).x
             assert (y - b).abs().max() < 1e-3
     back = schedule_of(s); t = torch.linspace(.1, 1, 9).double()
     assert torch.allclose(back.logsnr(t), edm().logsnr(t))
