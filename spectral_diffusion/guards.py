@@ -172,21 +172,21 @@ def r_squared(denoiser:Denoiser, # network, target and schedule
 
 # %% ../nbs/16_guards.ipynb #8fed6b6a
 class CollapseGuard(Guard):
-    "Ask to go back when R2 on a fixed probe, once above `high`, falls below `low` in any part of the clock and channel, or is no number"
+    "Ask to go back when R2 on a fixed probe loses `fall` where it had passed `high`, in any part of the clock and channel, or is no number"
     def __init__(self,
         x0:Tensor, # probe of clean fields, (B, C, *S); 64 is plenty
         cond=None, # their condition
         bins:int=4, # parts of the clock; divides B
         every:int=100, # steps between looks
-        low:float=.05, # R2 of a collapsed network
-        high:float=.5 # R2 that has to be reached first
+        high:float=.2, # R2 that has to be passed first
+        fall:float=.2 # loss of R2, from the best so far, that is one too much
     ):
         if len(x0) % bins:
             raise ValueError(f'a probe of {len(x0)} fields cannot be shared among {bins} parts of the clock: '
                              f'give a multiple of {bins}')
         self.probe = (x0, (torch.arange(len(x0)).double() + .5)/len(x0),
                       torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), cond)
-        self.bins,self.every,self.low,self.high,self.at = bins,every,low,high,None
+        self.bins,self.every,self.high,self.fall,self.at = bins,every,high,fall,None
         self.best = torch.full((bins, x0.shape[1]), -math.inf)
     def look(self, s):
         if self.at != s.step:
@@ -202,10 +202,11 @@ class CollapseGuard(Guard):
     def after_step(self, s):
         if s.step % self.every and s.step < s.steps: return
         r2 = self.look(s); self.best = self.best.maximum(r2.nan_to_num(-math.inf))
-        for b, c in (~r2.isfinite() | (self.best > self.high) & ~(r2 >= self.low)).nonzero().tolist()[:1]:
+        less = ~(r2 >= self.best - self.fall)
+        for b, c in (~r2.isfinite() | (self.best > self.high) & less).nonzero().tolist()[:1]:
             s.sick, self.at = (f'R2 in channel {c} around t={(b+.5)/self.bins:.2f} '
                                f'fell from {self.best[b,c]:.2f} to {r2[b,c]:.2f}'), None
-    def well(self, s): return bool((self.look(s) >= self.best - .2).all())
+    def well(self, s): return bool((self.look(s) >= self.best - self.fall).all())
     def state_dict(self): return dict(best=self.best.clone())
     def load_state_dict(self, state): self.best, self.at = state['best'].clone(), None
 
@@ -297,9 +298,9 @@ def plot_trial(runs:dict # name -> what `trial` returned
         for k, q in enumerate(torch.stack(r.trace.r2 or [torch.zeros(0)]).T):
             c.plot(range(9, 10*len(q), 10), q.clamp(min=-.5), c=plt.cm.cividis(k/4),
                    ls=('-', '--', '-.', ':')[k], label=f't = {k/4:.2f} to {(k+1)/4:.2f}')
-        c.axhline(.05, c='.5', ls=':', lw=1); c.set(ylim=(-.55, 1))
+        c.axhline(0, c='.5', ls=':', lw=1); c.set(ylim=(-.55, 1))
         if len(b.lines) > 2: b.legend(fontsize=7, loc='upper right')
-    for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: collapsed)')):
+    for ax, title in zip(axs[0], ('loss', 'gradient norm (dotted: clip)', 'R2 (dotted: that of the mean)')):
         ax.set_title(title)
     for ax in axs[-1]: ax.set_xlabel('batches seen')
     fig.legend(*c.get_legend_handles_labels(), loc='outside right center', fontsize=8)
