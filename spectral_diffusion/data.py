@@ -6,7 +6,7 @@
 __all__ = ['families', 'line', 'moons', 'circle', 'dino', 'point_sets', 'to_field', 'to_uint8', 'check_field', 'to_mask',
            'check_mask', 'grid', 'show', 'Images', 'digits', 'photographs', 'cut', 'pyramid', 'crops', 'photos',
            'plane', 'piecewise', 'texture', 'random_field', 'patterns', 'cifar10', 'read_image', 'image_folder',
-           'Batches', 'PointSet', 'truncated_mean', 'Box', 'Spots', 'points', 'MemberBatches']
+           'Batches', 'Fields', 'PointSet', 'truncated_mean', 'Box', 'Spots', 'points', 'MemberBatches']
 
 # %% ../nbs/08_data.ipynb #6a369db7
 import importlib.util, math
@@ -372,6 +372,22 @@ class Batches:
         self._shuffle()
         self.pos = s['pos']
         self.g.set_state(s['now'])
+
+# %% ../nbs/08_data.ipynb #f1e1d501
+class Fields:
+    "Endless random batches of fields that are in memory as floats, drawn with replacement; can be saved and restored exactly"
+    def __init__(self,
+        x:Tensor, # (N, C, *S)
+        batch_size:int, # fields per batch
+        generator:torch.Generator, # source of the draws
+        cond:Tensor|None=None, # (N, ...), a condition for each; batches are then pairs
+    ): self.x,self.bs,self.g,self.cond = x,batch_size,generator,cond
+    def __iter__(self): return self
+    def __next__(self):
+        i = torch.randint(len(self.x), (self.bs,), generator=self.g)
+        return self.x[i] if self.cond is None else (self.x[i], self.cond[i])
+    def state_dict(self): return dict(g=self.g.get_state())
+    def load_state_dict(self, s): self.g.set_state(s['g'])
 
 # %% ../nbs/08_data.ipynb #77831ff8
 class PointSet(NamedTuple):

@@ -1071,6 +1071,6 @@ def find_optimal_steps(
     ns,    # step counts to try
 ):         # smallest number that is enough, and all scores by steps
     "The fewest steps that the best score cannot be told from"
-    scores = {n: score(n) for n in sorted(ns)}
+    scores = {n: score(n) for n in progress(sorted(ns), desc='step counts', after=1.)}
     best = min(s.value for s in scores.values())
     return next(n for n,s in scores.items() if s.low <= best), scores

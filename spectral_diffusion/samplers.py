@@ -470,7 +470,7 @@ def unrespaced(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
               ) -> Sample:
     "Seed 002's DDPM, a fault to compare with: it skips steps, with the posterior of a single one"
     x = x_T
-    for t in grid:
+    for t in progress(grid, desc='sample', after=1.):
         (a, b), (a_, b_) = (denoiser.schedule.coeffs(u, x) for u in (t, max(float(t)-1/K, 1e-6)))
         x0 = denoiser(x, t).clamp(-clip, clip)
         up = b_*(1 - (a*b_/(a_*b))**2).clamp(min=0).sqrt()

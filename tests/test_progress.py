@@ -1,24 +1,28 @@
 "Every long call has a clock: a real bar by hand, progress.json under a runner, nothing in tests; and one clock at a time."
 import io, itertools, os, tempfile, time
+from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, tqdm, tqdm.auto
+from PIL import Image
 from spectral_diffusion import runs
 from spectral_diffusion.benchmarks import fresh, interleave
 from spectral_diffusion.checkpoints import Store
-from spectral_diffusion.codecs import Haar, Latent, admit, field_error
-from spectral_diffusion.data import Batches, digits, to_field
+from spectral_diffusion.codecs import DCAE, Haar, Latent, admit, field_error, train_codec
+from spectral_diffusion.data import Batches, Fields, digits, image_folder, to_field
 from spectral_diffusion.denoisers import Denoiser, Gaussian
 from spectral_diffusion.designs import design, measure
 from spectral_diffusion.diagnostics import error_map, learning, triage
+from spectral_diffusion.experiments import find_optimal_steps
 from spectral_diffusion.guards import study
 from spectral_diffusion.metrics import (bootstrap, features, frechet_ci, kid, kid_subsets, nearest, precision_recall,
                                         rapsd_distance)
+from spectral_diffusion.recipes import draw, recipe
 from spectral_diffusion.rejection import RatioHead, fit_head, sample_diffrs, thresholds
-from spectral_diffusion.samplers import optimize_grid, sample_ddim, samplers
+from spectral_diffusion.samplers import optimize_grid, sample_ddim, samplers, unrespaced
 from spectral_diffusion.schedules import cosine, flow, grid_logsnr, grid_uniform
 from spectral_diffusion.training import fit
 from spectral_diffusion.unets import UNet
-from spectral_diffusion.volumes import volume_kid
+from spectral_diffusion.volumes import cohort, volume_kid
 
 gen = lambda seed=0: torch.Generator().manual_seed(seed)
 D, x, g = Gaussian(flow(), .25), torch.randn(4, 1, 8, generator=gen()), grid_uniform(9, .9, .01)
@@ -41,6 +45,14 @@ def shards(load):
     with tempfile.TemporaryDirectory() as tmp:
         store = Store(tmp, shard=4); store.save(1, dict(x=torch.arange(9)))
         return store.load() if load else None
+
+def pictures():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp, 'pictures'); folder.mkdir()
+        for i in range(9): Image.new('RGB', (9, 9), (28*i, 0, 0)).save(folder/f'{i}.png')
+        return image_folder(folder, 8)
+
+def coded(): torch.manual_seed(0); return train_codec(DCAE(1, 1, 2, 2, 4, 8), Fields(x, 2, gen()), 3)
 
 none = lambda x, t: torch.zeros(len(x))
 calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k == 'restart' else 'sample')
@@ -66,6 +78,11 @@ calls = {k: (lambda k=k: samplers[k](D, x, g, generator=gen()), 'restart' if k =
     'volume_kid': (lambda: volume_kid(*torch.randn(2, 16, 3, generator=gen()), 8), 'jackknife'),
     'Store.save': (lambda: shards(False), 'save'), 'Store.load': (lambda: shards(True), 'load'),
     'nearest': (lambda: nearest(*torch.randn(2, 60, 3, generator=gen()), chunk=9), 'neighbours'),
+    'unrespaced': (lambda: unrespaced(D, x, g, generator=gen()), 'sample'), 'train_codec': (coded, 'codec'),
+    'draw': (lambda: draw(recipe('small'), small().eval(), 4, (1, 8, 8), nfe=3, batch=2), 'sample'),
+    'cohort': (lambda: cohort(16, 2, 1), 'volumes'), 'image_folder': (pictures, 'pictures'),
+    'find_optimal_steps': (lambda: find_optimal_steps(lambda n: SimpleNamespace(value=1/n, low=0.), (2, 4)),
+                           'step counts'),
     'fresh': (lambda: fresh(dict(a=('builtins:eval', 'int')), reps=3), 'rounds')}
 
 # bars that come before or after, one at a time
