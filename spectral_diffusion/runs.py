@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['replacing', 'plain', 'revive', 'write_json', 'read_json', 'git_facts', 'cpu_name', 'system_facts', 'check_writable',
-           'Run', 'styles', 'goal_met', 'fmt', 'claims_table', 'plot_claims', 'load_run', 'plot_log', 'progress',
-           'overhear']
+           'Run', 'styles', 'goal_met', 'fmt', 'value_of', 'claims_table', 'plot_claims', 'load_run', 'plot_log',
+           'progress', 'overhear']
 
 # %% ../nbs/01_runs.ipynb #022747a4
 import itertools, json, math, operator, os, platform, re, subprocess, sys, tempfile, textwrap, time, warnings
@@ -240,7 +240,9 @@ def fmt(
     return '-' if x is None else f'{float(f"{float(x):.3g}"):,.10g}'
 
 # %% ../nbs/01_runs.ipynb #ff23dbf4
-def _value(c):
+def value_of(
+    c, # a claim, of `Run.metrics` or read
+)->str:
     "A claim's value with its interval and unit"
     iv = '' if c['low'] is None and c['high'] is None else f" [{fmt(c['low'])}, {fmt(c['high'])}]"
     return f"{fmt(c['value'])}{iv} {c['unit']}".strip()
@@ -251,7 +253,7 @@ def claims_table(
     "Markdown table of the claims: value with its interval, n, the figure compared with, goal, and whether it is met"
     def row(c):
         n = '-' if c.n is None else f'{c.n:,}'
-        return c.name, _value(c), n, fmt(c.seed_value), c.goal or '-', {None:'-', True:'yes', False:'no'}[c.met]
+        return c.name, value_of(c), n, fmt(c.seed_value), c.goal or '-', {None:'-', True:'yes', False:'no'}[c.met]
     rows = [('claim', 'value', 'n', 'seed figure', 'goal', 'met'), ('---',)*6, *map(row, metrics['claims'])]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
@@ -270,7 +272,7 @@ def _claim_row(ax, c, marks):
     ax.set(yticks=[0], ylim=(-1,1)); ax.set_yticklabels([textwrap.fill(c['name'], 38)], fontsize=8)
     ax.tick_params(axis='x', labelsize=7); ax.locator_params(axis='x', nbins=6)
     ax.tick_params(axis='y', length=0); ax.spines[['top','left','right']].set_visible(False)
-    ax.annotate(_value(c), (1.02, .5), xycoords='axes fraction', va='center', fontsize=8)
+    ax.annotate(value_of(c), (1.02, .5), xycoords='axes fraction', va='center', fontsize=8)
 
 # %% ../nbs/01_runs.ipynb #b5b46d2d
 def plot_claims(
