@@ -196,37 +196,39 @@ def saved(nb # a report
 
 # %% ../nbs/27_book.ipynb #f1e1d511
 _lib, _vol = 'KID-efflite0, NFE 50, ', 'volumes, a minute of training: KID'
-key_claims = { # report -> claim -> the same in plain words
+key_claims = { # report -> claim -> the same in plain words; the front page keeps the order
     '00_quickstart': {'KID-efflite0': 'minutes of training on two cores: KID (the goal is below noise)'},
-    '01_time_embeddings': {'dino: KL, ours': "divergence on the points of 'dino', our embedding"},
-    '02_spectral_mixing': {'forward, SDPA / ours, n=4096': 'time of attention / of our mixer, 4,096 tokens',
-        'recall, accuracy: attention minus ours': 'accuracy of recall, attention minus our mixer'},
-    '03_spectral_benchmark': {
-        'photos: held-out loss, spectral / plain': 'photographs, held-out loss: blocks, units in frequency / neither',
-        'photos: held-out loss, spectral / units': 'photographs: blocks in frequency / units alone',
-        'texture: held-out loss, spectral / plain': 'textures: blocks and units / neither',
-        'texture: held-out loss, spectral / units': 'textures: blocks / units alone'},
     '04_baseline_e1': {'share of the six whose own check fails, and passes on the sound run':
             "share of the seed's six faults that fail in their own check, which passes without them",
         'sound runs (E1, ours without its guide) that the triage calls broken':
             'runs without these faults that the triage calls broken all the same'},
+    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours',
+        **{f'{_lib}{k}': f'the same, {k}' for k in ('smalldiffusion', 'denoising-diffusion-pytorch', 'diffusers')},
+        f'{_lib[:-2]}: intervals apart': 'are the intervals of all three above ours?'},
+    '03_spectral_benchmark': {
+        'photos: held-out loss, spectral / plain':
+            'photographs, held-out loss: blocks and units in frequency / neither',
+        'photos: held-out loss, spectral / units': 'photographs: blocks in frequency / units alone',
+        'texture: held-out loss, spectral / plain': 'textures: blocks and units / neither',
+        'texture: held-out loss, spectral / units': 'textures: blocks / units alone'},
+    '02_spectral_mixing': {'forward, SDPA / ours, n=4096': 'time of attention / of our mixer, 4,096 tokens',
+        'recall, accuracy: attention minus ours': 'accuracy of recall, attention minus our mixer'},
+    '11_schedules': {
+        "KID-efflite0, winner / the seed's choice": "KID of the clock, target and weight that won / of the seed's"},
+    '08_samplers': {'largest error ratio, ours / diffusers, NFE 5-20':
+        'error of our samplers / of diffusers, worst of NFE 5 to 20'},
+    '01_time_embeddings': {'dino: KL, ours': "divergence on the points of 'dino', our embedding"},
+    '09_reliability': {'killed runs that end with the same bits': 'share of killed runs that end with the same bits',
+        'guarded runs within 1.25 of the healthy loss':
+            'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
-        'KID-efflite0, row unconditional': f"{_vol}, the seed's choices",
+        'KID-efflite0, row unconditional': f"{_vol}, the seed's choices but for the target",
         'held-out loss at equal time, DiT, patch 4 / U-Net':
             'volumes, held-out loss at equal time: transformer / U-Net'},
     '06_volumes_latent': {"KID-efflite0 of voxels minus that of the first seed's best other space (DC-AE f8)":
         'volumes at equal time: KID of voxels minus that of the best latent'},
     '07_volumes_wavelet': {
-        'wavelets: held-out error over that of voxels': 'volumes, held-out error at equal steps: wavelets / voxels'},
-    '08_samplers': {'largest error ratio, ours / diffusers, NFE 5-20':
-        'error of our samplers / of diffusers, worst of NFE 5 to 20'},
-    '09_reliability': {'killed runs that end with the same bits': 'share of killed runs that end with the same bits',
-        'guarded runs within 1.25 of the healthy loss': 'share of planted accidents that a guarded run survives'},
-    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours',
-        **{f'{_lib}{k}': f'the same, {k}' for k in ('smalldiffusion', 'denoising-diffusion-pytorch', 'diffusers')},
-        f'{_lib[:-2]}: intervals apart': 'are the intervals of all three above ours?'},
-    '11_schedules': {
-        "KID-efflite0, winner / the seed's choice": "KID of the clock, target and weight that won / of the seed's"}}
+        'wavelets: held-out error over that of voxels': 'volumes, held-out error at equal steps: wavelets / voxels'}}
 
 def told(m # a metrics.json
         ) -> list: # claims, named in plain words
@@ -245,7 +247,8 @@ def facts(folder # reports/results/NAME
                           cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb, number_of(folder/'report.ipynb'))
     return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed',
-                claims=m.claims, told=told(m), figure=key and f'{key}.png')
+                claims=m.claims, told=[f'{c.name}: {value_of(c)}' for c in told(m)],
+                figure=key and f'{key}.png')
 
 # %% ../nbs/27_book.ipynb #f8bf64f8
 def _summary(f):
@@ -259,8 +262,7 @@ def card(f # from `facts`
     img = (f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">'
            if f['figure'] else '')
     lines = ''.join(f'<span class="{k}">{html.escape(t)}</span>' for k, t in
-                    (('line', f['line']), *(('told', f'{c.name}: {value_of(c)}') for c in f['told'][:2]),
-                     ('missing', missed(f['claims']))) if t)
+                    (('line', f['line']), *(('told', t) for t in f['told'][:2]), ('missing', missed(f['claims']))) if t)
     return (f'<a class="report" href="{f["name"]}.html">{img}<span class="body">'
             f'<strong>{html.escape(f["title"])}</strong>{lines}<span class="facts">{_summary(f)}</span></span></a>')
 
@@ -270,8 +272,7 @@ def gallery(all_facts # list from `facts`
     "The index of the reports"
     def row(f):
         met = [c.met for c in f['claims'] if c.met is not None]
-        own = (f['verdict'] if f['verdict'] != goals(f['claims']) else
-               next((f'{c.name}: {value_of(c)}' for c in f['told']), '-'))
+        own = f['verdict'] if f['verdict'] != goals(f['claims']) else (f['told'] or '-')[0]
         return (f'<tr><td><a href="{f["name"]}.html">{html.escape(f["title"])}</a></td><td>{html.escape(own)}</td>'
                 f'<td data-v="{sum(met)/len(met) if met else ""}">{goals(f["claims"])}</td><td>{f["date"]}</td></tr>')
     rows, names = (''.join(map(row, all_facts)),

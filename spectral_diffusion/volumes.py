@@ -136,7 +136,7 @@ def drawn_sizes(
     "Longest diameters, with every bin that can be seen equally likely"
     ab = [(max(a, 2*mm), min(b, 40.)) for a,b in zip(edges, edges[1:])]
     ab = torch.tensor([(a, b) for a,b in ab if b - a >= mm/2])
-    if not len(ab): raise ValueError(f'no lesion can be seen in voxels of {mm:g} mm: use at most 16 mm (12 per side)')
+    if not len(ab): raise ValueError(f'no lesion can be seen in voxels of {mm:g} mm: use at most 16 mm')
     a, b = ab.T
     k = (which*len(a)).long()
     return a[k] + large*(b - a)[k]
