@@ -499,7 +499,7 @@ class Perceptual:
 
 # %% ../nbs/18_codecs.ipynb #d728293d
 class Adversary:
-    "A term for `train_codec`: a critic of patches with a hinge loss, trained beside (Esser et al. 2021, eq. 5)"
+    "A term for `train_codec`: a critic of patches, trained beside (Esser et al. 2021); of its losses the hinge, as in their code"
     def __init__(self,
         dim:int, # spatial dims of the fields
         channels:int=1, # of the fields

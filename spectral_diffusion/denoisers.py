@@ -132,16 +132,22 @@ class Linear:
         data:Tensor # fields, (N, C, *S)
     ):
         self.schedule,self.kept = schedule,{}                        # time -> factors of its matrix, the last four
-        self.mean = hartley(data.mean(0, keepdim=True)).flatten(1).double()
-        H = hartley(data).flatten(1).double() - self.mean
-        n, d = H.shape
-        rho, diag = d/(n+d), H.square().mean(0)
-        self.C = ((1-rho)*H.T@H/n).diagonal_scatter(diag) if d <= 4096 else diag
+        self.mean = hartley(data.mean(0, keepdim=True)).double()
+        H = hartley(data).double() - self.mean
+        n, C, d = *H.shape[:2], H[0].numel()
+        if d > 4096: self.C = torch.einsum('ncp,ndp->pcd', H.flatten(2), H.flatten(2))/n     # only the stationary part
+        else:
+            cov, same = (H := H.flatten(1)).T@H/n, torch.eye(d//C, dtype=torch.bool, device=H.device).repeat(C, C)
+            self.C = torch.where(same, cov, n/(n+d)*cov)[None]
+
+    def _columns(self, x):
+        "Coordinates of fields in sets that are correlated: (sets, size, B)"
+        return x.flatten(1).T[None] if len(self.C) == 1 else x.flatten(2).permute(2,1,0)
 
     def _factors(self, t, a, s, C):
         key = _d(t).flatten()[0].item(), C.device
         if key not in self.kept:
-            lu = torch.linalg.lu_factor(a[:,None]*C*a + torch.diag(s**2))
+            lu = torch.linalg.lu_factor(a*C*a.mT + torch.diag_embed(s[...,0]**2))
             self.kept = dict([*self.kept.items()][-3:]) | {key: lu}
         return self.kept[key]
 
@@ -149,12 +155,10 @@ class Linear:
         if (_d(t) != _d(t).flatten()[0]).any():
             raise ValueError('Linear answers at one time per call: split the batch by its times')
         X = hartley(x).double()
-        a, s = (c[:1].expand(1, *x.shape[1:]).flatten() for c in self.schedule.coeffs(t, X))
         C, M = self.C.to(X.device), self.mean.to(X.device)
-        R = X.flatten(1) - a*M
-        if C.ndim == 1: G = R*a*C/(a**2*C + s**2)
-        else: G = torch.linalg.lu_solve(*self._factors(t, a, s, C), R.T).T*a @ C
-        return hartley((M + G).view_as(X)).to(x)
+        a, s, m, z = map(self._columns, (*(c[:1].expand(1, *x.shape[1:]) for c in self.schedule.coeffs(t, X)), M, X))
+        G = m + C @ (a*torch.linalg.lu_solve(*self._factors(t, a, s, C), z - a*m))
+        return hartley((G[0].T if len(C) == 1 else G.permute(2,1,0)).reshape(X.shape)).to(x)
 
 # %% ../nbs/05_denoisers.ipynb #e3916d29
 class Mixture:

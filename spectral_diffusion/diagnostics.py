@@ -202,7 +202,8 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
     off = part(sampler(D, xT, grid, generator=gen).x - x0).square().mean().sqrt()
     miss = (off/(part(x0).std() + .1)).item()
     return Check('one image, learned and sampled', miss < .5,
-                 f'samples miss the image by {miss:.0%} of its std' + ('' if mean else ', means of channels aside'))
+                 f'samples miss the image by {miss:.0%} of its std + .1'
+                 + ('' if mean else ', means of channels aside'))
 
 # %% ../nbs/20_diagnostics.ipynb #d8a8775f
 def check_distance(f, # (a, b) -> distance of two sets
@@ -227,7 +228,7 @@ def _log_ratios(denoiser, x0, train, seed):
     lin = Linear(denoiser.schedule, train)
     def one(D, c, i): return error_map(D, c, _levels, 4, torch.Generator().manual_seed(seed+i)).log()
     return torch.stack([one(denoiser, c, i) - one(lin, c, i)
-                        for i, c in enumerate(progress(x0.chunk(8), desc='held-out error', after=2.))])
+                        for i, c in enumerate(progress(x0.tensor_split(8), desc='held-out error', after=2.))])
 
 def _score(r, n):
     r = r.mean((1,2)); m, h = r.mean(), 2.365*r.std()/len(r)**.5

@@ -49,9 +49,10 @@ class StepEmbedding:
         K:int, # its number of steps
         dim:int=128 # features, even
     ): self.schedule,self.K,self.dim = schedule,K,dim
-    def __call__(self, logsnr):
-        step = (self.schedule.t_of(logsnr.double())*self.K).round() - 1
-        return waves(step.to(logsnr), self.dim, 1e-4, 1.)
+    def step(self, logsnr):
+        "The nearest step of the table"
+        return ((self.schedule.t_of(logsnr.double())*self.K).round() - 1).clamp(min=0).to(logsnr)
+    def __call__(self, logsnr): return waves(self.step(logsnr), self.dim, 1e-4, 1.)
 
 # %% ../nbs/10_embeddings.ipynb #81d75447
 def fourier_features(x:Tensor, # points, (..., B, d)

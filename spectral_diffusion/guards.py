@@ -367,7 +367,7 @@ def budget(denoiser:Denoiser, # network on the device where it will be trained
     weights, moving = (size([*denoiser.parameters(), *denoiser.buffers()]),
                        size(p for p in denoiser.parameters() if p.requires_grad))
     one, two = (saved_bytes(denoiser, x0[:1].expand(n, *x0.shape[1:]),
-                            cond if cond is None else cond[:1].expand(n, *cond.shape[1:])) for n in (1,2))
+                            cond if cond is None else cond[torch.zeros(n, dtype=torch.long)]) for n in (1,2))
     parts = dict(weights=weights, average=ema*weights, gradients=moving, moments=2*moving,
                  activations=one + (len(x0)-1)*(two-one))
     return parts | dict(copy=2*back*(weights + parts['average'] + 2*moving))     # two, while one is made or used

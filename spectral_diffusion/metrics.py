@@ -372,6 +372,7 @@ def kid_subsets(
     generator=None,  # torch.Generator
 )->Tensor: # (subsets), float64
     "The KID of random subsets"
+    _at_least(size, 'a subset', fa, fb)
     pick = lambda f: torch.stack([torch.randperm(len(f), generator=generator)[:size] for _ in range(subsets)])
     I,J = pick(fa),pick(fb)
     if len(fa)*len(fb) > subsets*size**2:
@@ -417,7 +418,7 @@ def kid(
             raise ValueError(f'subset_size {subset_size} is more than half of {n} images: '
                              'subsets that overlap so much show no spread; use subset_size=None')
         s = kid_subsets(fa, fb, subsets, subset_size, generator)
-        v,h = s.mean(), 1.96*s.std()*math.sqrt(subset_size/(n-subset_size))
+        v,h = s.mean(), 1.96*s.std()*math.sqrt(subset_size/(n-subset_size) + 1/subsets)
     return Score(float(v), float(v-h), float(v+h), n, name)
 
 # %% ../nbs/07_metrics.ipynb #6b40aa70
@@ -472,6 +473,7 @@ def nearest(
 )->tuple: # RMS distance per element (N, k), index (N, k); nearest first
     "The k nearest training items of each query, by brute force"
     x,t = x.flatten(1),train.flatten(1)
+    if not x.isfinite().all(): raise ValueError('queries that are not finite have no neighbours: count them as lost')
     idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices
                      for c in progress(x.split(chunk), desc='neighbours', after=2.)])
     d = torch.cat([(c[:,None]-t[i]).square().mean(-1).sqrt()
@@ -541,6 +543,7 @@ def two_sample_p(
 )->float: # 1/(n+1) to 1
     "p-value of an exact permutation test on the energy distance: do x and y come from one distribution?"
     z = torch.cat([x, y]).double()
+    if not z.isfinite().all(): raise ValueError('points that are not finite have no p-value: count them as lost')
     D, s = torch.cdist(z, z), torch.cat([torch.full((len(x),), 1/len(x)), torch.full((len(y),), -1/len(y))]).double()
     S = torch.stack([s] + [s[torch.randperm(len(z), generator=generator)] for _ in range(n)])
     stat = -((S@D)*S).sum(1)

@@ -164,9 +164,10 @@ class SpectralMixer(Mixer):
             raise ValueError('allpass needs causal=False and group=1: '
                              'cutting taps or adding channels changes the energy')
         if causal and dim > 1: raise ValueError(f'causal=True needs dim=1, not {dim}: fields have no past')
+        if causal and span: raise ValueError('causal=True needs span=None: a past has no domain to count cycles in')
         if channels % group: raise ValueError(f'{channels} channels cannot be split into groups of {group}')
         self.dim,self.group,self.causal = dim,group,causal
-        self.filter = Filter(channels*group, dim, order or (16,4,2)[dim-1], low, span, allpass, cond)
+        self.filter = Filter(channels*group, dim, (16,4,2)[dim-1] if order is None else order, low, span, allpass, cond)
 
 # %% ../nbs/11_mixing.ipynb #66261b6a
 @patch

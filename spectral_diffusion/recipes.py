@@ -8,7 +8,7 @@ __all__ = ['recipes', 'e1', 'small', 'default', 'volume_recipes', 'Recipe', 'add
            'add_volume', 'train_volumes']
 
 # %% ../nbs/21_recipes.ipynb #3b3664ac
-import math, torch
+import hashlib, math, torch
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -135,6 +135,18 @@ add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional
            batch=512, steps=390_625, lr=1e-3, sd=.5, density=lognormal(), rate=flat, warmup=19_531, ema=.9993,
            bf16=True, sampler=sample_heun, grid=grid_edm, nfe=18))
 
+# %% ../nbs/21_recipes.ipynb #3204073c
+def _said(v):
+    "A field of a recipe in words: of a function its name and what was put into it"
+    if isinstance(v, Tensor): return 'tensor ' + hashlib.sha256(v.cpu().numpy().tobytes()).hexdigest()[:8]
+    if isinstance(v, partial):
+        given = [*map(_said, v.args), *(f'{k}={_said(o)}' for k,o in v.keywords.items())]
+        return f"{_said(v.func)}({', '.join(given)})"
+    name = getattr(v, '__qualname__', '<lambda>')
+    held = [_said(c.cell_contents) for c in getattr(v, '__closure__', None) or ()]
+    if name == '<lambda>' or name.endswith('<lambda>') and not held: return str(v)
+    return name.replace('.<locals>', '').replace('.<lambda>', '') + f"({', '.join(held)})"*bool(held)
+
 # %% ../nbs/21_recipes.ipynb #3373b7ff
 def recipe(name:str=default, # of a recipe in the table
            **changes # fields to change, and their values
@@ -144,8 +156,10 @@ def recipe(name:str=default, # of a recipe in the table
     known = {f.name for f in fields(Recipe)}
     if bad := changes.keys() - known:
         raise ValueError(f"a recipe has no {', '.join(sorted(bad))}: its fields are {', '.join(sorted(known))}")
-    told = [f'{k}={getattr(v, "__name__", v)}' for k,v in changes.items() if k not in ('name', 'params')]
-    return replace(recipes[name], **{'name': ', '.join([name, *told]), **changes})
+    new = ', '.join([name, *(f'{k}={_said(v)}' for k,v in changes.items() if k != 'params')])
+    if ' at 0x' in new:
+        raise ValueError(f"what is new does not say what it is ({new}): use replace(recipe('{name}'), name=..., ...)")
+    return replace(recipes[name], **changes, name=new)
 
 # %% ../nbs/21_recipes.ipynb #83f69d7c
 def _united(r, net, sch, sd, psd, mean=0.):

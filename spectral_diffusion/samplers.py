@@ -371,7 +371,7 @@ def sample_edm(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                callback=None, # f(nfe, t, x_t, x0_hat), after every question
                jump:bool=True # end with x0_hat? False: x at the last time, which is not asked
               ) -> Sample:
-    "Heun's method with churn (Karras et al. 2022, algorithm 2); never above t = 1"
+    "Heun's method with churn (Karras et al. 2022, algorithm 2; nothing is raised before the jump); never above t = 1"
     ask, grid = Asker(denoiser, callback), check_grid(grid)
     sch, X, t = ask.schedule, ask.schedule.to(x_T), grid[:-1]
     r = (-sch.logsnr(t)/2).exp()
@@ -483,12 +483,13 @@ def smooth_bands(denoiser, # D(x_t, t, cond) -> x0_hat, with a `schedule`
                  share:tuple=(0.,.2,.4) # of the last answer that each band keeps, len(edges)+1, in [0, 1)
                 ): # a denoiser; for one run at a time
     "Moving average of x0_hat over the questions, per frequency band (after Qian et al. 2024)"
-    last, t_last = None, 0.
+    last, before, t_last = None, None, 0.                            # the last answer, the last at a later time
     def D(x, t, cond=None):
-        nonlocal last, t_last
+        nonlocal last, before, t_last
+        if t != t_last: before = last if t < t_last else None
         X0, keep = (hartley(denoiser(x, t, cond)),
                     torch.tensor(share)[torch.bucketize(freqs(x.shape[2:]), torch.tensor(edges))].to(x))
-        if last is not None and t < t_last and last.shape == X0.shape: X0 = torch.lerp(X0, last, keep)
+        if before is not None and before.shape == X0.shape: X0 = torch.lerp(X0, before, keep)
         last, t_last = X0, t
         return hartley(X0)
     D.schedule = denoiser.schedule

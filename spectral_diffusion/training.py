@@ -19,7 +19,7 @@ from .runs import Run, progress
 from .fourier import hartley, noise_like, same_size
 from .schedules import draw_t, x0_per_target
 from .denoisers import Denoiser, aim
-from .checkpoints import Store
+from .checkpoints import Store, flatten
 
 # %% ../nbs/15_training.ipynb #2e8e8afb
 def denoising_loss(denoiser:Denoiser, # network, target and schedule
@@ -86,7 +86,7 @@ def set_rng_state(r # from `rng_state`
                  ):
     "Put the global random number generators back"
     torch.set_rng_state(r['torch'])
-    for i,c in enumerate(r['cuda']): torch.cuda.set_rng_state(c, i)
+    for i,c in enumerate(r['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(c, i)
     np.random.set_state(tuple(r['numpy'])); random.setstate((r['python'][0], tuple(r['python'][1]), r['python'][2]))
 
 # %% ../nbs/15_training.ipynb #194f707d
@@ -94,7 +94,8 @@ class TrainState(SimpleNamespace):
     "What a training run is at one moment; `fit` makes it, callbacks see it"
     def __init__(self, **kw # fields of the state
                 ):
-        super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[], t0=time.time(), **kw)
+        super().__init__(step=0, items=0, scale=1., lr=0., loss=None, skip=False, events=[],
+                         t0=time.time(), items0=0, **kw)
     main = property(lambda self: not self.accelerator or self.accelerator.is_main_process)
     @property
     def _parts(self): return self.denoiser, getattr(self.opt, 'optimizer', self.opt)
@@ -103,6 +104,12 @@ class TrainState(SimpleNamespace):
     def counting(self):
         "The steps still to do; a callback may set `step` back"
         while self.step < self.steps: self.step += 1; yield self.step
+    def check(self):
+        "End a run that is about to make weights that are no numbers"
+        if self.loss is None or self.skip or getattr(self, 'sick', None) or (self.loss + self.norm).isfinite(): return
+        what, v = ('gradient', self.norm) if self.loss.isfinite() else ('loss', self.loss)
+        raise FloatingPointError(f'the {what} is {v.item()} at step {self.step}: '
+                                 f'lower lr (now {self.lr:.2g}) or check the data')
     def event(self, what, **kw):
         "Remember that something happened at this step, and tell the current run's log"
         self.events.append(dict(step=self.step, what=what, **kw))
@@ -140,7 +147,7 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
     for p,moments in opt.state.items():
         moments.update({k: torch.empty_like(p).copy_(m) for k,m in moments.items() if m.shape == p.shape})
     for i,c in self._keepers().items(): c.load_state_dict(state['callbacks'][i])
-    self.__dict__.update(state['counts'])
+    self.__dict__.update(state['counts']); self.t0, self.items0 = time.time(), self.items
     if not where: return
     w, self.events = state['where'], state['events']
     if w['data'] is not None: self.data.load_state_dict(w['data'])
@@ -210,12 +217,13 @@ def fit(denoiser:Denoiser, # trained in place
         bf16:bool=False, # run the network in bfloat16?
         generator:torch.Generator=None, # source of times and noise, on any device
         callbacks=(), # objects with before, ready, before_step, after_step, after
-        opt=adamw, # (parameters, lr) -> optimiser
+        opt=adamw, # (parameters, lr) -> optimiser; the rates of its groups rise and fall together
         accelerator=None, # accelerate's, for several processes; None: one process, on the denoiser's device
         accumulate:int=1, # parts, one after the other, into which each process divides its batch to save memory; at least 1
         rate=lr_scale # (step, steps, warmup) -> factor on the learning rate
        ) -> TrainState: # the state after the last step
-    "Train a denoiser: warm-up and cosine, clipped gradients"
+    "Train a denoiser: warm-up and cosine, clipped gradients; a `FloatingPointError` where a loss or gradient is no number"
+    if accelerator: denoiser.to(accelerator.device)
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip,
                    accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
                    config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target,
@@ -225,6 +233,7 @@ def fit(denoiser:Denoiser, # trained in place
     denoiser.train(); call(s, callbacks, 'before')
     if accelerator: spread(s)
     dev, params, batches = next(denoiser.parameters()).device, [*denoiser.parameters()], iter(data)
+    peaks = [g['lr'] for g in s.opt.param_groups]
     call(s, callbacks, 'ready')
     try:
         for _ in progress(s.counting(), steps, 'train', s.step):
@@ -237,11 +246,10 @@ def fit(denoiser:Denoiser, # trained in place
                     share_of_loss = loss(denoiser, *part, weight).mean()/accumulate
                 share_of_loss.backward(); s.loss = s.loss + share_of_loss.detach()
             s.norm = grad_norm(params); s.loss = mean_over(accelerator, s.loss)
-            s.opt.param_groups[0]['lr'] = s.lr = lr*s.scale*rate(s.step-1, steps, min(warmup, steps//5))
+            f = rate(s.step-1, steps, min(warmup, steps//5)); s.lr = lr*s.scale*f
+            for g, peak in zip(s.opt.param_groups, peaks): g['lr'] = peak*s.scale*f
             call(s, callbacks, 'before_step')
-            if s.step % 20 == 1 and not s.skip and not s.loss.isfinite():
-                raise FloatingPointError(f'the loss is {s.loss.item()} at step {s.step}: '
-                                         f'lower lr (now {s.lr:.2g}) or check the data')
+            if s.step % 20 == 1 or s.step == steps: s.check()             # looking costs a GPU time
             if not s.skip: nn.utils.clip_grads_with_norm_(params, s.clip, s.norm); s.opt.step()
             call(s, callbacks, 'after_step')
     except Stop: pass
@@ -362,7 +370,7 @@ class Log:
         if self.run and s.main and (s.step % self.every == 0 or s.step == s.steps):
             loss = self.curve(self.every).mean().item()
             self.run.log('train', step=s.step, loss=loss, lr=s.lr, norm=s.norm.item(),
-                         items_per_s=s.items/(time.time()-s.t0))
+                         items_per_s=(s.items-s.items0)/(time.time()-s.t0))
     def curve(self, last:int=0 # of so many last steps; 0: all
              ): return torch.stack([l.to(self.losses[-1].device) for l in self.losses[-last:]]).cpu()
     def state_dict(self): return dict(losses=self.curve() if self.losses else torch.zeros(0))
@@ -423,8 +431,8 @@ class Checkpoints:
         self.saved, self.config = None, {**s.config, **self.config}
         if self.store.steps(): self.resume(s)
         else:
-            state = s.state_dict()
-            self.store.preflight(dict(state=state, moments=[state['model']]*2)) if s.main else None
+            state = s.state_dict(); size = lambda o: sum(t.nbytes for t in flatten(o)[1].values())
+            if s.main: self.store.preflight(size(state) + 2*size(state['model'])*(state['opt'] is None))   # and moments
     def resume(self, s):
         c = self.store.load(); old = dict(c.config)
         diff = ', '.join(f'{k}={old.get(k)!r}' for k in {**old, **self.config} if old.get(k) != self.config.get(k))
@@ -434,6 +442,7 @@ class Checkpoints:
         s.load_state_dict(c.state); self.saved = s.step
         s.event('resumed')
     def save(self, s):
+        s.check()
         state, score = s.state_dict(), self.score and float(self.score(s))
         try: self.store.save(s.step, state, self.config, score) if s.main else None
         except OSError as e:

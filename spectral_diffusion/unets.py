@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from functools import lru_cache, partial, reduce
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .fourier import irfftn, rfftn
+from .fourier import irfftn, noise_like, rfftn
 from .embeddings import Dense, LogSNREmbedding, PointEmbedding, StepEmbedding, axis_waves, rows, waves
 from .mixing import Mixer, Pointwise, SelfAttention, coords, lattice, torus_waves
 
@@ -148,6 +148,7 @@ class ModeMatrix(nn.Module):
 
 # %% ../nbs/12_unets.ipynb #7a5863fd
 @lru_cache(64)
+@torch.inference_mode(False)
 def fourier_matrices(size, # spatial size, S
                      dtype, # of the answer
                      device # of the answer
@@ -563,7 +564,7 @@ class MemberLoss:
         each = x0.chunk(len(self.gs))
         t = torch.cat([torch.randint(1, self.K+1, (len(x),), generator=g)
                        for x,g in zip(each, self.gs)]).double()/self.K
-        return t, torch.cat([torch.randn(x.shape, generator=g) for x,g in zip(each, self.gs)])
+        return t.to(x0.device), torch.cat([noise_like(x, g) for x,g in zip(each, self.gs)])
     def __call__(self, denoiser, x0, t, eps, cond=None, weight=None):
         loss = self.loss(denoiser, x0, *self.draw(x0), cond, weight)
         self.each = loss.detach().view(len(self.gs), -1).mean(1)
@@ -625,9 +626,7 @@ class UNetCifar32(nn.Module):
 # %% ../nbs/12_unets.ipynb #27437070
 class InvertedStepEmbedding(StepEmbedding):
     "Seed 002's fault: frequencies of 1 to 10^4 radians per step instead of 10^-4 to 1"
-    def __call__(self, logsnr):
-        step = (self.schedule.t_of(logsnr.double())*self.K).round() - 1
-        return waves(step.to(logsnr), self.dim, 1., 1e4)
+    def __call__(self, logsnr): return waves(self.step(logsnr), self.dim, 1., 1e4)
 
 # %% ../nbs/12_unets.ipynb #b8003e8b
 class VolumeResBlock(ResBlock):

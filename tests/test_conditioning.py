@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from spectral_diffusion.conditioning import *
 from spectral_diffusion.denoisers import Denoiser, Gaussian, Guided
+from spectral_diffusion.guards import budget
 from spectral_diffusion.samplers import samplers
 from spectral_diffusion.schedules import cosine, flow, grid_edm, lognormal
 from spectral_diffusion.training import EMA, Checkpoints, denoising_loss, fit
@@ -148,3 +149,10 @@ def test_sizes_and_refusals():
     with pytest.raises(ValueError, match='unknown option'): ScoreAug(('turn',))
     with pytest.raises(ValueError, match='either a class or'): UNet(classes=2, tell=lambda n: None)
     with pytest.raises(ValueError, match='holds no log-SNR'): Guided(None, None, 1., (2., 1.))
+
+def test_budget_of_a_bundle():
+    "What is told counts, as a tensor and in a bundle alike"
+    x = torch.randn(4, 1, 8, 8, 8); maps, D = x.sigmoid(), Denoiser(network('bravo', makers['unet']), cosine(), 'v')
+    told = budget(D, x, Parts(maps=maps))
+    assert told == budget(D, x, Parts(maps=maps[:1])) and told['activations'] > 0
+    assert budget(Denoiser(UNet(3, 1, 8, (1, 2), 1), cosine(), 'v'), x)['activations'] > 0

@@ -207,3 +207,17 @@ def test_recipes():
                 steps=10, batch=16)
     x, y = (draw(r, train(r, digits(), device=d).guided, 4, (1, 8, 8), nfe=6) for d in ('cpu', dev))
     assert near(y, x, 2e-2)
+
+def test_accelerate():
+    "An accelerator moves the units and the average along with the network"
+    from accelerate import Accelerator
+    x = to_field(digits().train); ema, sch = EMA(.9), coloured(cosine(), torch.ones(8, 8))
+    torch.manual_seed(0); D = Denoiser(UNet(2, 1, 16, (1, 2), 1), sch, 'F', psd_of(x).clamp(min=1e-6).sqrt())
+    fit(D, Batches(digits().train, 16, gen(1)), 4, generator=gen(2), callbacks=[ema], accelerator=Accelerator())
+    assert {p.device.type for m in (D, ema.model) for p in (*m.parameters(), *m.buffers())} == {dev}
+
+def test_members():
+    "Members draw the same noise wherever they are"
+    from spectral_diffusion.unets import MemberLoss
+    drawn = [MemberLoss(None, 100, [1, 2]).draw(torch.zeros(4, 2, device=d)) for d in ('cpu', dev)]
+    assert drawn[1][0].device.type == dev and all(torch.equal(a, b.cpu()) for a, b in zip(*drawn))
