@@ -216,17 +216,17 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
     '11_schedules': {
         "KID-efflite0, winner / the seed's choice": "KID of the clock, target and weight that won / of the seed's"},
     '08_samplers': {'largest error ratio, ours / diffusers, NFE 5-20':
-        'error of our samplers / of diffusers, worst of NFE 5 to 20'},
+        'error on an oracle, NFE 5 to 20, the worst: our samplers (one grid fitted) / those of diffusers'},
     '01_time_embeddings': {'dino: KL, ours': "divergence on the points of 'dino', our embedding"},
     '09_reliability': {'killed runs that end with the same bits': 'share of killed runs that end with the same bits',
         'guarded runs within 1.25 of the healthy loss':
             'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
-        'KID-efflite0, row unconditional': f"{_vol}, the seed's choices but for the target",
+        'KID-efflite0, row unconditional': f"{_vol}, the seed's choices but for the target (with its own it does better: report 05)",
         'held-out loss at equal time, DiT, patch 4 / U-Net':
-            'volumes, held-out loss at equal time: transformer / U-Net'},
+            'volumes, held-out loss at equal time: transformer / U-Net (samples of both near noise)'},
     '06_volumes_latent': {"KID-efflite0 of voxels minus that of the first seed's best other space (DC-AE f8)":
-        'volumes at equal time: KID of voxels minus that of the best latent'},
+        'volumes, equal time but for the codec\'s own: KID of untuned voxels minus that of the best latent'},
     '07_volumes_wavelet': {
         'wavelets: held-out error over that of voxels': 'volumes, held-out error at equal steps: wavelets / voxels'}}
 

@@ -263,12 +263,12 @@ def sums(d:Design, # N runs
 def analyse(d:Design, # N runs
             y, # responses, (..., N, R)
             paired:bool=False, # the replicates of all runs share their seeds
-            error:str='pooled' # 'pooled' or 'replicate'
+            error:str='pooled' # 'pooled', 'runs' or 'replicate'
            ) -> AttrDict: # what `sums` gives, with the error variance `s2` and its `dfe`
     "Fit the main effects and choose the error that they are compared with"
-    if error not in ('pooled', 'replicate'): raise ValueError(f"error is {error!r}: 'pooled' or 'replicate'")
-    s = sums(d, y, paired); parts = ['replicates', 'interactions'][:1 + (error == 'pooled')]
-    s.dfe = sum(s.df[k] for k in parts)
+    known = dict(pooled=('replicates', 'interactions'), runs=('interactions',), replicate=('replicates',))
+    if error not in known: raise ValueError(f"error is {error!r}: {', '.join(map(repr, known))}")
+    s, parts = sums(d, y, paired), known[error]; s.dfe = sum(s.df[k] for k in parts)
     if not s.dfe:
         raise ValueError(f'{d.array} with {len(d.factors)} factors leaves nothing for the error: '
                          'add seeds, or take a larger array')

@@ -1069,8 +1069,10 @@ def sdiff_promote(
 def find_optimal_steps(
     score, # steps -> score with `value` and `low` (lower is better), such as `Score`
     ns,    # step counts to try
+    gap=None, # (steps, best steps) -> the difference of two scores, with `low`; for samples from the same noise
 ):         # smallest number that is enough, and all scores by steps
     "The fewest steps that the best score cannot be told from"
     scores = {n: score(n) for n in progress(sorted(ns), desc='step counts', after=1.)}
-    best = min(s.value for s in scores.values())
-    return next(n for n,s in scores.items() if s.low <= best), scores
+    best = min(scores, key=lambda n: scores[n].value)
+    above = lambda n: gap(n, best).low if gap else scores[n].low - scores[best].value
+    return next(n for n in scores if n == best or above(n) <= 0), scores
