@@ -100,8 +100,9 @@ def bootstrap_rounds(
     level:float=.95, # of the interval
     seed:int=0, # of the resampling
 )->Interval:
-    "Percentile interval of a statistic over resampled rounds"
+    "Percentile interval of a statistic over resampled rounds; NaN ends for a single round"
     n = xs[0].shape[-1]
+    if n < 2: return Interval(float(stat(*xs)), math.nan, math.nan, n)          # one round has no spread
     i = np.random.default_rng(seed).integers(0, n, (n_boot, n))
     low, high = np.quantile(stat(*[x[..., i] for x in xs]), [(1 - level)/2, (1 + level)/2],
                             method='inverted_cdf')   # no arithmetic: inf stays inf

@@ -222,7 +222,8 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
         'guarded runs within 1.25 of the healthy loss':
             'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
-        'KID-efflite0, row unconditional': f"{_vol}, the seed's choices but for the target (with its own it does better: report 05)",
+        'KID-efflite0, row unconditional':
+            f"{_vol}, the seed's choices but for the target (with its own it does better: report 05)",
         'held-out loss at equal time, DiT, patch 4 / U-Net':
             'volumes, held-out loss at equal time: transformer / U-Net (samples of both near noise)'},
     '06_volumes_latent': {"KID-efflite0 of voxels minus that of the first seed's best other space (DC-AE f8)":
@@ -392,7 +393,7 @@ def broken_links(site # folder with HTML
         if u.scheme or u.netloc: return True
         to = (f.parent/unquote(u.path)).resolve() if u.path else f
         to = to/'index.html' if to.is_dir() else to
-        return to.is_file() and (to not in pages or unquote(u.fragment) in pages[to].ids)
+        return to.is_relative_to(site) and to.is_file() and (to not in pages or unquote(u.fragment) in pages[to].ids)
     return [f'{f.relative_to(site)}: {l}' for f, p in sorted(pages.items()) for l in sorted(p.to) if not ok(f, l)]
 
 # %% ../nbs/27_book.ipynb #7ef2af6e
@@ -437,9 +438,11 @@ def problems(tab, # of Playwright
              shots=None # beginning of a file name for a picture at each width; None: none
             ) -> list: # one line per problem
     "What a browser finds wrong with a page"
+    home = '', urlsplit(url).netloc
     seen, size = [], lambda w: tab.set_viewport_size(dict(width=w, height=900))
     handlers = dict(console=lambda m: seen.append(f'console: {m.text}') if m.type in ('error', 'warning') else None,
                     pageerror=lambda e: seen.append(f'script: {e}'),
+                    request=lambda r: urlsplit(r.url).netloc in home or seen.append(f'asks {r.url[:100]}'),
                     requestfailed=lambda r: seen.append(f'request fails: {r.url[:100]}'),
                     response=lambda r: seen.append(f'{r.status}: {r.url[:100]}') if r.status >= 400 else None)
     tab.goto('about:blank')                      # what an earlier page still waits for is no problem of this one
@@ -465,15 +468,23 @@ class Browser:
     def __exit__(self, *args): self.chromium.close(); self.pw.stop()
 
 # %% ../nbs/27_book.ipynb #e0a4c7d2
-_foreign = {'.css': r'@import[^;]*https?:[^;]*',
-            '.html': r'<(?:script|img|iframe)[^>]*src="https?:[^"]*|<link[^>]*rel="stylesheet"[^>]*href="https?:[^"]*'}
+_far = r'(?:https?:)?//[^"\'\s)>]+'
+_tags = (rf'<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc(?:set)?\s*=\s*["\']?{_far}|'
+         rf'<link\b(?=[^>]*\brel\s*=\s*["\']?stylesheet)[^>]*?\bhref\s*=\s*["\']?{_far}')
+_css = rf'@import\s+(?:url\()?["\']?{_far}|url\(\s*["\']?{_far}'
+_js = rf'\bimport\s*(?:[\w{{}},*\s]+from\s*)?["\']{_far}'
 
 def elsewhere(site # folder with HTML
              ) -> list: # 'file: what'
     "What pages and styles would fetch from other places"
+    def seen(f):
+        text = f.read_text()
+        inside = lambda tag: '\n'.join(re.findall(rf'<{tag}\b[^>]*>(.*?)</{tag}>', text, re.S))
+        if f.suffix == '.css': return re.findall(_css, text)
+        return re.findall(_tags, text) + re.findall(_css, inside('style')) + re.findall(_js, inside('script'))
     site = Path(site)
-    return [f'{f.relative_to(site)}: {m[0][:100]}' for k, p in _foreign.items()
-            for f in sorted(site.rglob(f'*{k}')) for m in re.finditer(p, f.read_text())]
+    return [f'{f.relative_to(site)}: {m[:100]}' for f in sorted(site.rglob('*')) if f.suffix in ('.css', '.html')
+            for m in seen(f)]
 
 # %% ../nbs/27_book.ipynb #fb0789c3
 def check_site(site, # folder with HTML

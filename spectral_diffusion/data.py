@@ -309,6 +309,8 @@ def read_image(
 )->Tensor: # (3 or 1, size, size) uint8
     "Centre crop and antialiased resize of one file of any mode"
     im = ImageOps.exif_transpose(Image.open(path))
+    if im.mode == 'F' or im.mode == 'I' and np.asarray(im).max() > 65535:
+        raise ValueError(f'{path} holds numbers of no known range (mode {im.mode}): save it with 8 or 16 bits')
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).round().clip(0, 255).astype(np.uint8))
     if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
     im = ImageOps.fit(im.convert('L' if gray else 'RGB'), (size, size), Image.Resampling.LANCZOS)

@@ -13,7 +13,7 @@ __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_
            'sdiff_readme', 'sdiff_promote', 'find_optimal_steps']
 
 # %% ../nbs/22_experiments.ipynb #d707c1d1
-import argparse, ast, difflib, hashlib, itertools, json, logging, os, pickle, platform, \
+import argparse, ast, difflib, hashlib, itertools, json, logging, math, os, pickle, platform, \
        posixpath, re, shutil, signal, subprocess, sys
 import tempfile, threading, time, traceback
 from collections import Counter
@@ -569,9 +569,9 @@ def start(self:LocalEngine,
 # %% ../nbs/22_experiments.ipynb #6df5f0bd
 @patch
 def stop(self:LocalEngine):
-    "Interrupt what runs, wait for it"
+    "Interrupt what runs, wait for it; another interrupt ends the waiting"
     for p in self.jobs.values(): p.poll() is None and p.send_signal(signal.SIGINT)
-    try: [p.wait(20) for p in self.jobs.values()]
+    try: [p.wait() for p in self.jobs.values()]
     finally: [p.kill() for p in self.jobs.values()]
 
 # %% ../nbs/22_experiments.ipynb #335f93d2
@@ -1073,6 +1073,8 @@ def find_optimal_steps(
 ):         # smallest number that is enough, and all scores by steps
     "The fewest steps that the best score cannot be told from"
     scores = {n: score(n) for n in progress(sorted(ns), desc='step counts', after=1.)}
-    best = min(scores, key=lambda n: scores[n].value)
+    known = [n for n in scores if math.isfinite(scores[n].value)]
+    if not known: raise ValueError(f'none of {len(scores)} scores is finite: there is no best one')
+    best = min(known, key=lambda n: scores[n].value)
     above = lambda n: gap(n, best).low if gap else scores[n].low - scores[best].value
-    return next(n for n in scores if n == best or above(n) <= 0), scores
+    return next(n for n in known if n == best or above(n) <= 0), scores

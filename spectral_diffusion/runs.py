@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 from weakref import WeakSet
 from fastcore.all import AttrDict, patch
 
@@ -23,7 +24,7 @@ def replacing(
 ):
     "Yield a temporary path beside `path` (same extension); it becomes `path` if the block succeeds, and goes if not"
     path = Path(path)
-    tmp = path.with_name(f'.tmp-{os.getpid()}-{path.name}')
+    tmp = path.with_name(f'.tmp-{os.getpid()}-{uuid4().hex[:8]}-{path.name}')        # a pid is one machine's own
     try:
         yield tmp
         os.replace(tmp, path)
@@ -140,7 +141,7 @@ class Run:
 @patch
 def _start(self:Run, params):
     "Write the files that a run begins with"
-    if self.log_file.exists(): self.log_file.write_bytes(b''.join(self.log_file.read_bytes().rpartition(b'\n')[:2]))
+    if self.log_file.exists(): os.truncate(self.log_file, self.log_file.read_bytes().rfind(b'\n') + 1)      # a cut line
     self.log('start', report=self.metrics.report, at=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     params_file = self.folder/'parameters.json'
     if params or not params_file.exists(): write_json(params_file, params)
@@ -156,7 +157,10 @@ def log(self:Run,
     "Append one line to `log.jsonl`: the event, seconds since the start, and `kw`; warns once and never raises if it cannot"
     try:
         line = json.dumps(plain(dict(t=round(time.time()-self.t0, 3), event=event, **kw)), default=str)
-        with open(self.log_file, 'a') as f: f.write(line+'\n')
+        with open(self.log_file, 'ab') as f:
+            end = f.tell()
+            try: f.write(f'{line}\n'.encode()); f.flush()
+            except OSError: os.truncate(self.log_file, end); raise                  # half a line would spoil the next
     except OSError as e:
         if self.log_ok: warnings.warn(f'log.jsonl cannot be written ({e.strerror}): the run goes on without its log')
         self.log_ok = False
@@ -175,9 +179,10 @@ def figure(self:Run,
 def styles(
     marked=False, # with markers, for curves of few points
 ):
-    "Endless styles for lines, as arguments of `plot`: told apart without their colour"
+    "Styles for lines, as arguments of `plot`: told apart without their colour, seven, or 35 with markers; then they repeat"
     colours, dashes = ('#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9'.split(),
                        ('-', '--', '-.', ':', (0, (5,1,1,1,1,1))))
+    if not marked: dashes += ((0, (8,2)), (0, (1,4)))
     for c, ls, m in zip(*map(itertools.cycle, (colours, dashes, 'osD^vX'))):
         yield dict(color=c, ls=ls) | (dict(marker=m, ms=4) if marked else {})
 

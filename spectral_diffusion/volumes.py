@@ -351,7 +351,7 @@ def read_nifti(
     mask:bool=False, # is it a mask?
 )->Tensor: # (1, *size) float32 in the file's units, RAS; a mask is 0 and 1
     "One volume on the wanted grid"
-    try: import nibabel as nib; from nibabel.processing import conform, smooth_image
+    try: import nibabel as nib; from nibabel.processing import resample_from_to, smooth_image
     except ImportError:
         raise ImportError("NIfTI files need nibabel: pip install 'spectral_diffusion[volumes]'") from None
     try: im = nib.squeeze_image(nib.load(path)); x = im.get_fdata(dtype=np.float32)
@@ -366,10 +366,11 @@ def read_nifti(
         raise ValueError(f'{path} is not a binary mask: {bad:,} voxels are neither 0 nor 1')
     if not mask and x.min() == x.max():
         raise ValueError(f'{path} holds the same value, {x.min():g}, everywhere: remove it')
-    im = nib.Nifti1Image(x, im.affine)
-    wide = np.maximum(mm**2 - np.square(im.header.get_zooms()), 0)**.5
-    y = conform(smooth_image(im, wide, mode='nearest'), size, (mm,)*3,
-                order=1, cval=float(x.min())).get_fdata(dtype=np.float32)
+    im = nib.as_closest_canonical(nib.Nifti1Image(x, im.affine)); zooms = np.array(im.header.get_zooms())
+    grid = im.affine.copy(); grid[:3,:3] *= (1 - 1e-6)*mm/zooms      # its own axes; a hair less: no edge falls off
+    grid[:3,3] += im.affine[:3,:3] @ ((np.array(im.shape) - 1)/2) - grid[:3,:3] @ ((np.array(size) - 1)/2)
+    smooth = smooth_image(im, np.maximum(mm**2 - zooms**2, 0)**.5, mode='nearest')
+    y = resample_from_to(smooth, (size, grid), order=1, cval=float(x.min())).get_fdata(dtype=np.float32)
     return torch.from_numpy((y > .5).astype(np.float32) if mask else y)[None]
 
 # %% ../nbs/09_volumes.ipynb #93dbbc67
@@ -378,7 +379,8 @@ def scaled(
 )->Tensor: # uint8
     "0.5th and 99.5th percentile to byte 0 and 255"
     low, high = np.percentile(x.numpy(), (.5, 99.5))
-    return to_uint8((x - low)/max(high - low, 1e-12)*2 - 1)
+    if not high > low: raise ValueError(f'99% of the voxels are {low:g}: crop the volume, or take smaller voxels')
+    return to_uint8((x - low)/(high - low)*2 - 1)
 
 # %% ../nbs/09_volumes.ipynb #8828e773
 def nifti_pairs(

@@ -128,11 +128,12 @@ def test_wide_figures_on_a_phone(tab, url):
     assert tab.evaluate('document.documentElement.scrollWidth - window.innerWidth') <= 1
 
 def test_search(tab, url):
-    "A name leads to its chapter"
+    "A name leads to its chapter, and nonsense nowhere"
     tab.set_viewport_size(dict(width=1280, height=900)); tab.goto(url + 'index.html')
     box = tab.locator('input[type=search]:visible, input[placeholder=Search]:visible').first
-    box.click(); box.press_sequentially('rapsd'); tab.wait_for_timeout(1500)
-    assert tab.locator('a[href*="fourier.html"]:visible').count() >= 1
+    there = tab.locator('a[href*="fourier.html"]:visible'); before = there.count()
+    box.click(); box.press_sequentially('rapsd'); tab.wait_for_timeout(1500); assert there.count() > before
+    box.fill(''); box.press_sequentially('qxzvw'); tab.wait_for_timeout(1500); assert there.count() <= before
 
 tables = """() => [...document.querySelectorAll('main table')].map(table => {
   const heads = [...(table.tHead?.rows[0]?.cells ?? [])], rows = () => [...(table.tBodies[0]?.rows ?? [])],\

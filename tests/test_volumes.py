@@ -63,7 +63,7 @@ def test_metrics_of_volumes(ds):
 def test_balls_measure_their_diameter(r, mm):
     p = (torch.stack(torch.meshgrid(*[torch.arange(24.)]*3, indexing='ij'), -1) - 11.3)*mm
     d = diameters((p.norm(dim=-1) < r*mm).float(), mm)
-    assert len(d) == 1 and abs(d.item() - 2*r*mm) < .8*mm
+    assert len(d) == 1 and abs(d.item() - 2*r*mm) < .6*mm
 
 def test_one_volume_is_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.random.rand(4, 4, 4).astype(np.float32), np.eye(4)), tmp_path/'a.nii')
