@@ -167,7 +167,7 @@ def pyramid(
     w:int, # width of the narrower part of this picture, pixels
     n_scales:int=9, # sizes, a geometric series
 )->list[Tensor]: # each (C, h, w) uint8, finest first
-    "A picture scaled so that a `size` crop covers from 3/16 to 3/4 of `w`"
+    "A picture scaled so that a `size` crop covers from 3/16 of `w`, or `size` pixels of it, to 3/4"
     if size > w*3//4: raise ValueError(f'the photographs are too small for crops of {size} pixels: at most {w*3//4}')
     h0, w0 = part.shape[:2]
     def scaled(side):

@@ -818,6 +818,7 @@ def sdiff_run(
     opts = dict(name=a.name, root=a.root, force=a.force)
     try:
         if a.list: return list_reports()
+        if len(dict(a.p)) < len(a.p): raise ValueError('a parameter is given twice: give one value, or use sdiff_sweep')
         for r in a.report: check_parameters(find_report(r), **params)
         if len(a.report)>1:
             sys.exit(any(o.state=='failed' for o in run_reports([(r, params) for r in a.report], **opts)))
