@@ -267,7 +267,7 @@ def analyse(d:Design, # N runs
            ) -> AttrDict: # what `sums` gives, with the error variance `s2` and its `dfe`
     "Fit the main effects and choose the error that they are compared with"
     known = dict(pooled=('replicates', 'interactions'), runs=('interactions',), replicate=('replicates',))
-    if error not in known: raise ValueError(f"error is {error!r}: {', '.join(map(repr, known))}")
+    if error not in known: raise ValueError(f"error is {error!r}: use {', '.join(map(repr, known))}")
     s, parts = sums(d, y, paired), known[error]; s.dfe = sum(s.df[k] for k in parts)
     if not s.dfe:
         raise ValueError(f'{d.array} with {len(d.factors)} factors leaves nothing for the error: '

@@ -107,7 +107,7 @@ def test_lost_run_and_unread_things_are_one_line_errors():
     bad = [(lambda: measure(d, f, [0]), TypeError, "no argument 'ema'"),
            (lambda: measure(d, lambda lr, ema, data: 0., [0]), TypeError, "no argument 'seed'"),
            (lambda: analyse(d, y[1:]), ValueError, '8 rows'),
-           (lambda: analyse(d, y, error='none'), ValueError, "'pooled' or 'replicate'"),
+           (lambda: analyse(d, y, error='none'), ValueError, "use 'pooled', 'runs', 'replicate'"),
            (lambda: analyse(d, np.ones((9, 3))), ValueError, 'no factor reaches it'),
            (lambda: analyse(d, np.arange(9.)[:,None] + np.zeros(2)), ValueError, 'the seed does not reach'),
            (lambda: Design('L9', d.factors, d.x[:-1]), ValueError, 'not orthogonal'),
