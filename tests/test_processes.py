@@ -32,6 +32,7 @@ def main(folder, how):
         local = next(result[2].denoiser.parameters())
         assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up
         if acc.is_main_process: torch.save(result[:2], folder/'result.bin')
+    torch.distributed.destroy_process_group()            # or threads of gloo may outlive the interpreter, and abort
 
 def launch(folder, how):
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
