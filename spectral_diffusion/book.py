@@ -223,7 +223,7 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
             'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
         'KID-efflite0, row unconditional':
-            f"{_vol}, the seed's choices but for the target (with its own it does better: report 05)",
+            f"{_vol}, the seed's choices but for the target (with its own it does better)",
         'held-out loss at equal time, DiT, patch 4 / U-Net':
             'volumes, held-out loss at equal time: transformer / U-Net (samples of both near noise)'},
     '06_volumes_latent': {"KID-efflite0 of voxels minus that of the first seed's best other space (DC-AE f8)":

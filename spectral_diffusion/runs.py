@@ -179,10 +179,9 @@ def figure(self:Run,
 def styles(
     marked=False, # with markers, for curves of few points
 ):
-    "Styles for lines, as arguments of `plot`: told apart without their colour, seven, or 35 with markers; then they repeat"
+    "Styles for lines, as arguments of `plot`: told apart without their colour; seven, or 42 with markers, then they repeat"
     colours, dashes = ('#0072B2 #D55E00 #009E73 #CC79A7 #000000 #E69F00 #56B4E9'.split(),
-                       ('-', '--', '-.', ':', (0, (5,1,1,1,1,1))))
-    if not marked: dashes += ((0, (8,2)), (0, (1,4)))
+                       ('-', '--', '-.', ':', (0, (5,1,1,1,1,1)), (0, (8,2)), (0, (1,4))))
     for c, ls, m in zip(*map(itertools.cycle, (colours, dashes, 'osD^vX'))):
         yield dict(color=c, ls=ls) | (dict(marker=m, ms=4) if marked else {})
 
