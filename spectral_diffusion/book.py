@@ -216,7 +216,7 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
     '11_schedules': {
         "KID-efflite0, winner / the seed's choice": "KID of the clock, target and weight that won / of the seed's"},
     '08_samplers': {'largest error ratio, ours / diffusers, NFE 5-20':
-        'error on an oracle, NFE 5 to 20, the worst: our samplers (one grid fitted) / those of diffusers'},
+        'error on an oracle, NFE 5 to 20, the worst pair: our samplers / those of diffusers'},
     '01_time_embeddings': {'dino: KL, ours': "divergence on the points of 'dino', our embedding"},
     '09_reliability': {'killed runs that end with the same bits': 'share of killed runs that end with the same bits',
         'guarded runs within 1.25 of the healthy loss':
