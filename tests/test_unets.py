@@ -50,6 +50,7 @@ def test_real_shifts_and_tiles(kind, S, seed):
 @pytest.mark.parametrize('kind', kinds)
 def test_items_do_not_meet(kind):
     "One item of a batch is answered as if it were alone; autocast changes nothing but rounding"
+    torch.manual_seed(0)       # rounding is amplified by some weights more than by others: the same ones each time
     m, x, e = shake(kinds[kind](2)).float(), rand(3, 4, 6, 5).float(), rand(3, 5, seed=1).float()
     y = call(m, x, e)
     for i in range(3): assert (call(m, x[i:i+1], e[i:i+1]) - y[i:i+1]).norm() < 1e-5*y[i].norm()
