@@ -66,7 +66,7 @@ def retarget(text, # markdown
     text = re.sub(r'\]\((?:\.\./nbs/)?(\w+\.ipynb)', lambda m: f']({up}{page_name(m[1])}.ipynb', text)
     text = re.sub(r'\]\(\.\./reports/results/(\w+)/figures/', rf']({up}reports/\1/', text)
     text = re.sub(r'\]\(\.\./reports/results/(\w+)/report\.ipynb', rf']({up}reports/\1.ipynb', text)
-    return re.sub(r'\]\(\.\./(CONTRIBUTING|CHANGELOG|LICENSE)(\.md)?', lambda m: f']({up}{m[1].lower()}.md', text)
+    return re.sub(r'\]\(\.\./(CONTRIBUTING|CHANGELOG)(\.md)?', lambda m: f']({up}{m[1].lower()}.md', text)
 
 # %% ../nbs/27_book.ipynb #11cfd302
 def numbered(nbs # folder of the chapters
@@ -244,13 +244,12 @@ def facts(folder # reports/results/NAME
     "What the gallery says about a report"
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
     nb = nbformat.read(folder/'report.ipynb', 4)
-    key = key_figures.get(folder.name) or next((s for s in saved(nb) if (folder/'figures'/f'{s}.png').exists()), None)
     date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'system.json').absolute())],
                           cwd=folder, capture_output=True, text=True).stdout.strip()
     title, line = head(nb, number_of(folder/'report.ipynb'))
     return dict(name=folder.name, title=title, line=line, verdict=verdict_of(m), date=date or 'not committed',
                 claims=m.claims, told=[f'{c.name}: {value_of(c)}' for c in told(m)],
-                figure=key and f'{key}.png')
+                figure=f'{key_figures[folder.name]}.png')
 
 # %% ../nbs/27_book.ipynb #f8bf64f8
 def _summary(f):
@@ -261,8 +260,7 @@ def _summary(f):
 def card(f # from `facts`
         ) -> str:
     "A report in the gallery"
-    img = (f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">'
-           if f['figure'] else '')
+    img = f'<img src="{f["name"]}/{f["figure"]}" alt="key figure of {html.escape(f["title"])}" loading="lazy">'
     lines = ''.join(f'<span class="{k}">{html.escape(t)}</span>' for k, t in
                     (('line', f['line']), *(('told', t) for t in f['told'][:2]), ('missing', missed(f['claims']))) if t)
     return (f'<a class="report" href="{f["name"]}.html">{img}<span class="body">'

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from torch import Tensor
 from .runs import Run, progress
 from .fourier import psd_of
-from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, flow_path,
-                                          grid_edm, grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
+from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm,
+                                          grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
 from .denoisers import Denoiser, Guided
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field

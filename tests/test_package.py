@@ -52,10 +52,11 @@ def test_base_modules_need_base_packages():
             | {'pil'})    # Pillow comes with matplotlib
     for m in base: assert {n.lower() for n in top_level(m)} <= deps, (m, top_level(m) - deps)
 
-def test_imports_are_fast():
-    "Less than two seconds of work for the whole library, beyond torch itself"
+@pytest.mark.parametrize('what', [base, ['experiments']], ids=['library', 'runner'])
+def test_imports_are_fast(what):
+    "Less than two seconds of work for the whole library, and for what the commands import, beyond torch itself"
     code = ("import time, importlib, torch; t = time.process_time(); "
-            f"[importlib.import_module('spectral_diffusion.' + m) for m in {base}]; "
+            f"[importlib.import_module('spectral_diffusion.' + m) for m in {what}]; "
             "print(time.process_time() - t)")
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
     assert r.returncode == 0, r.stderr
@@ -78,5 +79,7 @@ def test_empty_environment(wheel, tmp_path):
                     f"[importlib.import_module('spectral_diffusion.' + m) for m in {base}]"],
                    check=True, cwd=tmp_path)
     subprocess.run([py, '-m', 'pip', 'install', '-q', f'{wheel}[reports]'], check=True)
+    subprocess.run([py, '-c', 'import spectral_diffusion.experiments, spectral_diffusion.designs'], check=True,
+                   cwd=tmp_path)
     assert 'report' in subprocess.run([tmp_path/'venv'/'bin'/'sdiff_run', '--help'], check=True, cwd=tmp_path,
                                       capture_output=True, text=True).stdout

@@ -72,6 +72,12 @@ def test_width_guard_fires():
     assert wide(long) == [long] and wide(f'def f():\n    {long}') and wide('y = 1 # ' + 'a'*170)
     assert not wide(f'def f(a # {"a"*100}\n      ): return a') and not wide(f'def f():\n    "{"a"*130}"')
 
+def test_exported_cells_are_short():
+    "Nine of ten have at most twenty lines"
+    n = [sum(map(bool, map(str.strip, c.splitlines()[1:]))) for nb in chapters.values() for c in cells(nb)
+         if re.match(r'#\|\s*export', c)]
+    assert len(n) > 500 and sum(k > 20 for k in n) <= len(n)/10, sum(k > 20 for k in n)
+
 def undocumented(source, public):
     "Public functions, patched methods and classes that have no docstring, or an argument without a comment behind it"
     lines, bad = source.split('\n'), []
@@ -205,10 +211,14 @@ def test_full_size_is_built():
     assert n_params(net) == 29_698_563
     assert net(torch.empty(2, 3, 32, 32, device='meta'), torch.empty(2, device='meta')).shape == (2, 3, 32, 32)
 
-def test_readme_shows_every_result():
-    "A promoted report that the front page does not name, or names with an old verdict (then: sdiff_readme)"
-    from spectral_diffusion.book import verdict_of
-    from spectral_diffusion.runs import read_json
-    text = (root/'README.md').read_text()
-    for f in (root/'reports'/'results').glob('*/metrics.json'):
-        assert f'(reports/results/{f.parent.name}/report.ipynb) | {verdict_of(read_json(f))} |' in text, f.parent.name
+def test_tables_of_the_front_page_are_fresh(monkeypatch):
+    "What its cells say now is what they said when they ran last (then: sdiff_readme), and they name every report"
+    monkeypatch.chdir(root/'nbs'); names, told = {}, ''
+    for c in json.loads(Path('index.ipynb').read_text())['cells']:
+        if '#| echo: false' not in (source := ''.join(c['source'])): continue
+        *before, last = ast.parse(source).body
+        exec(compile(ast.Module(before, []), 'index', 'exec'), names)
+        now = eval(compile(ast.Expression(last.value), 'index', 'eval'), names).data; told += now
+        assert now == ''.join(c['outputs'][0]['data']['text/markdown']), c['id']
+    assert not [f.name for f in (root/'reports'/'results').iterdir()
+                if f'(../reports/results/{f.name}/report.ipynb) |' not in told]
