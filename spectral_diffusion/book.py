@@ -223,10 +223,13 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
             'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
         'KID-efflite0, row unconditional': f"{_vol}, the seed's choices",
-        'held-out loss at equal time, DiT, patch 4 / U-Net': 'volumes, held-out loss at equal time: transformer / U-Net '
-            '(samples of the transformer are no better than noise)'},
-    '06_volumes_latent': {"KID-efflite0 of voxels minus that of the first seed's best other space (DC-AE f8)":
-        'volumes, equal time but for the codec\'s own: KID of untuned voxels minus that of the best latent'},
+        'held-out loss at equal time, DiT, patch 4 / U-Net': 
+            'volumes, held-out loss at equal time: transformer / U-Net (its samples are no better than noise)'},
+    '06_volumes_latent': {
+        'KID-efflite0 of plain voxels minus that of DC-AE f8':
+            "volumes, equal time but for the codec's own: KID of plain voxels minus that of the best latent",
+        'KID-efflite0 of recommended voxels minus that of DC-AE f8':
+            'the same of voxels with our recipe (below 0: better than the best latent)'},
     '07_volumes_wavelet': {
         'wavelets: held-out error over that of voxels': 'volumes, held-out error at equal steps: wavelets / voxels',
         'wavelets: held-out error over that of voxels, equal time': 'the same at equal time'}}
