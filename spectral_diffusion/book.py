@@ -223,7 +223,7 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
             'share of planted accidents after which a guarded loss is within 1.25 of the healthy one'},
     '05_volumes_pixel': {'KID-efflite0, recipe small-volumes': f'{_vol}, our recipe',
         'KID-efflite0, row unconditional': f"{_vol}, the seed's choices",
-        'held-out loss at equal time, DiT, patch 4 / U-Net': 
+        'held-out loss at equal time, DiT, patch 4 / U-Net':
             'volumes, held-out loss at equal time: transformer / U-Net (its samples are no better than noise)'},
     '06_volumes_latent': {
         'KID-efflite0 of plain voxels minus that of DC-AE f8':
@@ -245,6 +245,7 @@ def facts(folder # reports/results/NAME
          ) -> dict: # name, title, line, verdict, date, claims, told, figure
     "What the gallery says about a report"
     folder, m = Path(folder), read_json(Path(folder)/'metrics.json')
+    if folder.name not in key_figures: raise ValueError(f'{folder.name}: name one of its figures in `key_figures`')
     nb = nbformat.read(folder/'report.ipynb', 4)
     date = subprocess.run(['git', 'log', '-1', '--format=%cs', '--', str((folder/'system.json').absolute())],
                           cwd=folder, capture_output=True, text=True).stdout.strip()
