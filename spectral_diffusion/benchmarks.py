@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['si', 'Timing', 'seconds', 'interleave', 'Interval', 'bootstrap_rounds', 'ratio', 'peak_mem', 'Cell', 'fresh', 'keep',
-           'plot_times', 'flops', 'matmul_peak', 'copy_peak', 'bound', 'match', 'loglog_slope', 'crossover']
+           'plot_times', 'flops', 'matmul_peak', 'copy_peak', 'bound', 'match', 'loglog_slope', 'crossover',
+           'plot_crossover']
 
 # %% ../nbs/02_benchmarks.ipynb #c59ad16f
 import ctypes, gc, importlib, math, os, random, signal, subprocess, sys
@@ -357,3 +358,25 @@ def crossover(
     "Where `b` becomes faster than `a`"
     x, r = np.log(ns), np.log(np.stack([s.times/t.times for s,t in zip(a, b)]))
     return bootstrap_rounds(lambda r: np.apply_along_axis(lambda r: _cross(x, r), 0, np.median(r, -1)), r, **kw)
+
+# %% ../nbs/02_benchmarks.ipynb #c7a1d502
+def plot_crossover(
+    ns:list, # sizes, rising
+    a:list, # one `Timing` per size, as for `crossover`
+    b:list, # the same of the other
+    names=('a', 'b'), # what they are called
+    **kw, # to `bootstrap_rounds`
+):
+    "The ratio of both times at every size, and where it stays above 1; returns the figure"
+    import matplotlib.pyplot as plt
+    r, c = [ratio(s, t, **kw) for s,t in zip(a, b)], crossover(ns, a, b, **kw)
+    v = np.array([i.value for i in r])
+    fig, ax = plt.subplots(figsize=(6, 3), layout='constrained')
+    ax.errorbar(ns, v, [v - [i.low for i in r], [i.high for i in r] - v], fmt='o-', c='C0', capsize=3)
+    ax.axhline(1, c='k', lw=1, ls=':')
+    if c.low < ns[-1]: ax.axvspan(c.low, min(c.high, ns[-1]), color='C1', alpha=.3, lw=0)
+    ax.set(xscale='log', yscale='log', xticks=ns, xticklabels=ns, xlabel='size', ylabel=f'{names[0]} / {names[1]}',
+           title=f'{names[1]} is faster from {c} on' if c.value < math.inf else f'{names[1]} is faster nowhere')
+    ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
+    return fig

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['arrays', 'Alias', 'Source', 'Effect', 'Prediction', 'Confirmation', 'linear_array', 'paley_array', 'l18_array',
            'check_orthogonal', 'contrasts', 'mimicry', 'confounding', 'clearest', 'Design', 'Table', 'check_factors',
-           'fill', 'design', 'plot_design', 'aliases', 'measure', 'snr', 'as_response', 'sums', 'analyse', 'f_test',
-           'anova', 'differences', 'seen', 'effects', 'plot_effects', 'predict', 'best', 'confirm']
+           'fill', 'design', 'plot_design', 'aliases', 'plot_aliases', 'measure', 'snr', 'as_response', 'sums',
+           'analyse', 'f_test', 'anova', 'differences', 'seen', 'effects', 'plot_effects', 'predict', 'best', 'confirm']
 
 # %% ../nbs/28_designs.ipynb #614d8e86
 import inspect, itertools, math
@@ -193,6 +193,19 @@ def aliases(d:Design) -> Table: # falling share; empty if all main effects are c
     out = [Alias(f'{b} x {c}', a, round(float(mimicry(cols[a], cols[b], cols[c])), 6))
            for b, c in itertools.combinations(cols, 2) for a in cols if a not in (b, c)]
     return Table(sorted((r for r in out if r.share), key=lambda r: -r.share))
+
+# %% ../nbs/28_designs.ipynb #c7a1d512
+def plot_aliases(d:Design # from `design`
+                ):
+    "How much of each main effect each interaction of two other factors can mimic; returns the figure"
+    fs, pairs = [*d.factors], [' x '.join(p) for p in itertools.combinations(d.factors, 2)]
+    share = np.zeros((len(fs), len(pairs)))
+    for a in aliases(d): share[fs.index(a.looks_like), pairs.index(a.interaction)] = a.share
+    fig, ax = plt.subplots(figsize=(.35*len(pairs) + 2.5, .35*len(fs) + 1.8), layout='constrained')
+    im = ax.imshow(share, cmap='cividis', vmin=0, vmax=1)
+    ax.set(yticks=range(len(fs)), yticklabels=fs, xticks=range(len(pairs)), title=d.array)
+    ax.set_xticklabels(pairs, rotation=90); fig.colorbar(im, label='share that looks the same')
+    return fig
 
 # %% ../nbs/28_designs.ipynb #d65ccc0a
 def measure(d:Design, # the runs

@@ -10,7 +10,7 @@ __all__ = ['reports_dir', 'find_report', 'report_parameters', 'convert', 'check_
            'Board', 'work', 'LocalEngine', 'last_line', 'look', 'run_cells', 'Job', 'SlurmEngine', 'make_engine',
            'sweep', 'plot_sweep', 'list_reports', 'sdiff_run', 'sdiff_sweep', 'status_rows', 'sdiff_status', 'leaks',
            'private_paths', 'clean_report', 'publishable', 'promote', 'relink', 'render_readme', 'refresh', 'readme',
-           'sdiff_readme', 'sdiff_promote', 'find_optimal_steps']
+           'sdiff_readme', 'sdiff_promote', 'find_optimal_steps', 'plot_steps']
 
 # %% ../nbs/22_experiments.ipynb #d707c1d1
 import argparse, ast, difflib, hashlib, itertools, json, logging, math, os, pickle, platform, \
@@ -1079,3 +1079,22 @@ def find_optimal_steps(
     best = min(known, key=lambda n: scores[n].value)
     above = lambda n: gap(n, best).low if gap else scores[n].low - scores[best].value
     return next(n for n in known if n == best or above(n) <= 0), scores
+
+# %% ../nbs/22_experiments.ipynb #c7a1d522
+def plot_steps(
+    enough,  # the number that `find_optimal_steps` returns
+    scores,  # its scores by steps
+    label='score', # of the vertical axis
+):
+    "Scores against steps with their intervals, and the number that is enough; returns the figure"
+    import matplotlib.pyplot as plt
+    at = {n: s for n,s in scores.items() if math.isfinite(s.value)}
+    v, low = ([getattr(s, k) for s in at.values()] for k in ('value', 'low'))
+    high = [getattr(s, 'high', 2*s.value - s.low) for s in at.values()]
+    fig, ax = plt.subplots(figsize=(6, 3), layout='constrained')
+    ax.vlines([*at], low, high, color='C0'); ax.plot([*at], v, 'o-', c='C0')
+    ax.plot(enough, at[enough].value, 'o', ms=11, mfc='none', c='C1', mew=2)
+    ax.axhline(min(v), c='k', lw=1, ls=':')
+    ax.set(xscale='log', xticks=[*at], xticklabels=[*at], xlabel='steps', ylabel=label,
+           title=f'{enough} steps are enough'); ax.minorticks_off()
+    return fig
