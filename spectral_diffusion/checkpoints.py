@@ -7,8 +7,8 @@ __all__ = ['refuse_pickle', 'sync', 'durable', 'flatten', 'unflatten', 'pack', '
            'load_weights', 'follow', 'apart', 'kept']
 
 # %% ../nbs/14_checkpoints.ipynb #6186bde5
-import errno, json, multiprocessing, operator, os, re, secrets, shutil, signal, sys, threading, time, torch, traceback
-import warnings, zlib
+import errno, hashlib, json, multiprocessing, operator, os, re, secrets, shutil, signal, sys, threading, time
+import torch, traceback, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -396,7 +396,8 @@ def load_weights(
 )->nn.Module:
     "Read weights from `save_weights`; every name and shape has to match"
     refuse_pickle(path)
-    held, own = load_file(path), model.state_dict()
+    try: held, own = load_file(path), model.state_dict()
+    except SafetensorError as e: raise ValueError(f"'{path}' is damaged or no safetensors file: {e}") from None
     for k in {**own, **held}:
         there, here = (f'of shape {tuple(d[k].shape)}' if k in d else 'missing' for d in (held, own))
         if there != here:
@@ -446,7 +447,10 @@ def apart(
         for p, *_ in busy.values(): p.terminate(); p.join()
 
 # %% ../nbs/14_checkpoints.ipynb #76e436ff
-def _file(folder, job): return Path(folder)/(re.sub(r'[^\w.=-]+', '-', '-'.join(map(str, job))).strip('-') + '.pt')
+def _file(folder, job):
+    if ' at 0x' in repr(job): raise ValueError(f'{job} does not say what it is: name it by words and numbers')
+    said = re.sub(r'[^\w.=-]+', '-', '-'.join(map(str, job))).strip('-')
+    return Path(folder)/f'{said}-{hashlib.sha1(repr(job).encode()).hexdigest()[:8]}.pt'
 
 def _keep(job, compute, folder, until):
     Run.current = None                                                   # a worker has no bar of its own
@@ -466,8 +470,6 @@ def kept(
     "The results of all jobs, computed where no file has them; `TimeoutError` if time was up before the last one began"
     f, run, todo = (partial(_keep, compute=compute, folder=folder, until=until), Run.current,
                     [j for j in dict.fromkeys(jobs) if not _file(folder, j).exists()])
-    if len({_file(folder, j) for j in jobs}) < len({*jobs}):
-        raise ValueError('two jobs have one file name: their fields differ only in spaces or signs')
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         if min(workers, len(todo)) > 1 and sys.platform == 'linux':

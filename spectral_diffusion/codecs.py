@@ -440,10 +440,13 @@ def admit(codec:Codec, # that diffusion is to use
           batch:int=64 # fields at a time
          ) -> Score: # gain in dB over block averages
     "Refuse a codec that is not clearly better than averaging blocks"
+    if len(x) < 2: raise ValueError('one field cannot tell how much fields differ: pass two or more')
     shape = latent_shape(codec, tuple(x.shape[1:])); k = [n//m for n, m in zip(x.shape[2:], shape[1:])]
     mine, average = (torch.cat([psnr(f(b), b) for b in progress(x.split(batch), desc='admit', after=1.)])
                      for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
-    gain = torch.where(mine.isinf(), mine, mine - average)
+    gain = torch.where(average.isinf(), 0., mine - average)          # of a constant field averages are perfect, too
+    if mine.isinf().all(): gain = mine
+    elif (top := gain.isinf()).any(): gain = gain.clamp(max=gain[~top].max())
     h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.
     s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
     if not s.low >= least:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['families', 'line', 'moons', 'circle', 'dino', 'point_sets', 'to_field', 'to_uint8', 'check_field', 'to_mask',
            'check_mask', 'grid', 'show', 'Images', 'digits', 'photographs', 'cut', 'pyramid', 'crops', 'photos',
-           'plane', 'piecewise', 'texture', 'random_field', 'patterns', 'cifar10', 'read_image', 'image_folder',
-           'Batches', 'Fields', 'PointSet', 'truncated_mean', 'Box', 'Spots', 'points', 'MemberBatches']
+           'plane', 'piecewise', 'texture', 'random_field', 'patterns', 'cifar10', 'read_image', 'check_share',
+           'image_folder', 'Batches', 'Fields', 'PointSet', 'truncated_mean', 'Box', 'Spots', 'points', 'MemberBatches']
 
 # %% ../nbs/08_data.ipynb #6a369db7
 import importlib.util, math
@@ -319,6 +319,11 @@ def read_image(
 # %% ../nbs/08_data.ipynb #d533c84b
 _suffixes = '.png .jpg .jpeg .webp .bmp .tif .tiff .gif .ppm .pgm'.split()
 
+def check_share(test:float # of what there is
+               ):
+    "Refuse what is no share, such as a count"
+    if not 0 < test < 1: raise ValueError(f'test={test:g} is no share of what there is: give a number between 0 and 1')
+
 def image_folder(
     path, # folder, searched recursively
     size:int, # side, pixels
@@ -328,6 +333,7 @@ def image_folder(
 )->Images: # (3 or 1, size, size)
     "Every image in a folder, cropped and scaled to one size"
     path = Path(path)
+    check_share(test)
     if not path.is_dir(): raise FileNotFoundError(f'no image folder {path}')
     files = sorted(f for f in path.rglob('*') if f.suffix.lower() in _suffixes and f.is_file())
     if not files:
@@ -428,8 +434,9 @@ class Box:
                  half # half its sides, (2,)
                 ): self.schedule,self.half = schedule,torch.as_tensor(half, dtype=torch.float64)
     def __call__(self, x, t, cond=None):
-        a, s = self.schedule.coeffs(t, x.double())
-        return truncated_mean(x/a, s/a, -self.half, self.half).to(x)
+        a, s = self.schedule.coeffs(t, x.double()); h = self.half.to(x.device)
+        a = a.maximum(1e-5*s)                                          # where nothing is left, x has no say
+        return truncated_mean(x/a, s/a, -h, h).to(x)
 
 # %% ../nbs/08_data.ipynb #d9c1cd6f
 def _line(n, g): return (torch.rand(n, 2, generator=g)*2 - 1)*torch.tensor([2., 4.])
@@ -467,19 +474,20 @@ class Spots:
         self.r,self.logv = (u+1)/2*radius, (w/2).log()
     def __call__(self, x, t, cond=None):
         a, s = self.schedule.coeffs(t, x.double())
-        d = x.double()[:,None] - a[...,None]*self.m
+        m, logw, r, logv = (v.to(x.device) for v in (self.m, self.logw, self.r, self.logv))
+        d = x.double()[:,None] - a[...,None]*m
         rho = d.norm(dim=-1)
-        cost = self.logw - (rho - a*self.R).clamp(min=0)**2/(2*s**2)
+        cost = logw - (rho - a*self.R).clamp(min=0)**2/(2*s**2)
         near = cost > cost.amax(1, keepdim=True) - 30                  # a spot further away weighs nothing
         rho_, a_, s_ = (v.expand_as(rho)[near][:,None] for v in (rho, a, s))
-        z = a_*self.r*rho_/s_**2
+        z = a_*r*rho_/s_**2
         i0 = torch.special.i0e(z)
-        logp = self.logv - (rho_ - a_*self.r)**2/(2*s_**2) + i0.log()
+        logp = logv - (rho_ - a_*r)**2/(2*s_**2) + i0.log()
         L, push = torch.full_like(rho, -math.inf), torch.zeros_like(rho)
         L[near], push[near] = (logp.logsumexp(1),
-                               (logp.softmax(1)*self.r*torch.special.i1e(z)/i0).sum(1)/rho_[:,0].clamp(min=1e-12))
-        p = (self.logw + L).softmax(1)
-        return (p@self.m + ((p*push)[...,None]*d).sum(1)).to(x)
+                               (logp.softmax(1)*r*torch.special.i1e(z)/i0).sum(1)/rho_[:,0].clamp(min=1e-12))
+        p = (logw + L).softmax(1)
+        return (p@m + ((p*push)[...,None]*d).sum(1)).to(x)
 
 # %% ../nbs/08_data.ipynb #f306abd0
 def _circle(n, g):

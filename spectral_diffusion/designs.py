@@ -286,6 +286,8 @@ def analyse(d:Design, # N runs
         raise ValueError(f'{d.array} with {len(d.factors)} factors leaves nothing for the error: '
                          'add seeds, or take a larger array')
     s.s2 = sum(s.ss[k] for k in parts)/s.dfe
+    if not np.all(s.s2 > 0):
+        raise ValueError('the replicates do not scatter, so there is no error to compare with: are the seeds used?')
     return s
 
 # %% ../nbs/28_designs.ipynb #5c05bd0e
@@ -308,7 +310,7 @@ def anova(s:AttrDict # from `analyse`, one experiment
         out.append(Source('seed', float(s.ss['seed']), d['seed'], ms('seed'), None, None, share('seed', s.s2)))
     if d['interactions']:
         F = ms('interactions')/ms('replicates') if d['replicates'] else None
-        p = F and float(stats.f.sf(F, d['interactions'], d['replicates']))
+        p = None if F is None else float(stats.f.sf(F, d['interactions'], d['replicates']))
         out.append(Source('interactions', float(s.ss['interactions']), d['interactions'],
                           ms('interactions'), F, p, None))
     if d['replicates']:

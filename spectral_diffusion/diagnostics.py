@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .runs import progress
 from .fourier import band_mean, bands, hartley, noise_like
-from .denoisers import Denoiser, Gaussian, Linear
+from .denoisers import Denoiser, Gaussian, Linear, mean_of
 from .samplers import sample_ddim
 from .metrics import Score
 from .data import show
@@ -197,7 +197,7 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
     gen = torch.Generator().manual_seed(seed)
     D, batch = deepcopy(denoiser).requires_grad_(), x0.expand(16, *x0.shape[1:])
     fit(D, iter(lambda: batch, None), steps, lr, loss=loss, generator=gen)
-    xT = D.schedule.prior((4, *x0.shape[1:]), gen, grid[0]).to(x0.device)
+    xT = D.schedule.prior((4, *x0.shape[1:]), gen, grid[0], mean_of(D)).to(x0.device)
     def part(x): return x if mean else x - x.mean([*range(2, x.ndim)], keepdim=True)
     off = part(sampler(D, xT, grid, generator=gen).x - x0).square().mean().sqrt()
     miss = (off/(part(x0).std() + .1)).item()

@@ -128,7 +128,7 @@ def run_name(
 ):
     "The name of a run: its size, and a short hash of the other parameters that differ from their defaults"
     ps = report_parameters(report)
-    size = params.get('size', ps['size'].default if 'size' in ps else 'default')
+    size = str(params.get('size', ps['size'].default if 'size' in ps else 'default'))
     rest = {k:v for k,v in sorted(params.items()) if k!='size' and v!=ps[k].default}
     return size + (f'-{hashlib.sha1(json.dumps(plain(rest)).encode()).hexdigest()[:6]}' if rest else '')
 
@@ -172,7 +172,8 @@ def run_status(
 ):
     "What `status.json` says, with `state` as it really is: 'new', 'queued', 'running', 'finished', 'failed', 'interrupted' or 'killed'"
     file, job = Path(folder)/'status.json', Path(folder)/'job.json'
-    s = read_json(file) if file.exists() else AttrDict(state='new')
+    try: s = read_json(file)
+    except FileNotFoundError: s = AttrDict(state='new')                      # also while a run is begun anew
     if s.state=='running' and not alive(s): s.state = 'killed'
     j = read_json(job).job if job.exists() else None
     if j and s.state not in ('running', 'finished') and (s.state, s.get('job'))!=('failed', j) and job_state(j):
@@ -440,11 +441,14 @@ def sweep_cells(
     "The cells of a sweep: `report`, `folder`, `params`, `label`"
     path, cells = find_report(report), {}
     for c in grid_cells(grid):
+        if both := [k for k in c if k in params]:
+            raise ValueError(f"parameter '{both[0]}' is set for all cells and in one of them: set it once")
         given = check_parameters(path, **params, **c)
         name = run_name(path, **given)
         label = f"{path.stem} {' '.join(f'{k}={given[k]}' for k in c) or name}"
         cells.setdefault(name, AttrDict(report=path, folder=Path(root).absolute()/path.stem/name,
                                         params=given, label=label))
+    if not cells: raise ValueError(f'this sweep of {path.stem} has no cell: give every parameter at least one value')
     return list(cells.values())
 
 # %% ../nbs/22_experiments.ipynb #5e6563d5
@@ -809,16 +813,21 @@ def _interrupted():
     sys.exit(130)
 
 # %% ../nbs/22_experiments.ipynb #34735fda
+def _once(pairs, help):
+    "The parameters of a command line; one that is given twice is a slip"
+    if twice := [k for k,n in Counter(k for k,_ in pairs).items() if n>1]:
+        raise ValueError(f"parameter '{twice[0]}' is given twice: {help}")
+    return dict(pairs)
+
 def sdiff_run(
     argv=None, # arguments; None: those of the command line
 ):
     "Console script: run reports, print the path of each page"
     a = _args(argv)
-    params = {**dict(a.p), **(dict(size=a.size) if a.size else {})}
     opts = dict(name=a.name, root=a.root, force=a.force)
     try:
         if a.list: return list_reports()
-        if len(dict(a.p)) < len(a.p): raise ValueError('a parameter is given twice: give one value, or use sdiff_sweep')
+        params = _once(a.p + ([('size', a.size)] if a.size else []), 'give one value, or use sdiff_sweep')
         for r in a.report: check_parameters(find_report(r), **params)
         if len(a.report)>1:
             sys.exit(any(o.state=='failed' for o in run_reports([(r, params) for r in a.report], **opts)))
@@ -834,10 +843,8 @@ def _values(s):
         raise ValueError(f"cannot read the values {s!r}: write them like 1,2,3 or like [[1,2],[3]]") from None
 
 def _grid(pairs):
-    "The grid of a command line's `-p`; a parameter given twice is a slip"
-    if twice := [k for k,n in Counter(k for k,_ in pairs).items() if n>1]:
-        raise ValueError(f"parameter '{twice[0]}' is given twice: write its values as one list")
-    return {k: _values(v) for k,v in pairs}
+    "The grid of a command line's `-p`"
+    return {k: _values(v) for k,v in _once(pairs, 'write its values as one list').items()}
 
 # %% ../nbs/22_experiments.ipynb #a4093d70
 def _sweep_args(argv):
@@ -866,10 +873,11 @@ def _literal(s):
 def _sweep_cells(a):
     "Every cell that the arguments ask for, checked"
     if not a.cells: return [c for r in a.report for c in sweep_cells(r, _grid(a.p), a.root)]
-    grid = json.loads(Path(a.cells).read_text())
+    try: grid = json.loads(Path(a.cells).read_text())
+    except json.JSONDecodeError as e: raise ValueError(f'{a.cells} is no JSON: {e}') from None
     if not isinstance(grid, list) or not all(isinstance(c, dict) for c in grid):
         raise ValueError(f'{a.cells} must hold a list of objects, such as [{{"lr": 0.1}}]')
-    return [c for r in a.report for c in sweep_cells(r, grid, a.root, **dict(a.p))]
+    return [c for r in a.report for c in sweep_cells(r, grid, a.root, **_once(a.p, 'it holds for all cells'))]
 
 # %% ../nbs/22_experiments.ipynb #43368e3a
 def sdiff_sweep(

@@ -10,6 +10,7 @@ __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r
 # %% ../nbs/16_guards.ipynb #d7922aea
 import copy, math, os, torch, warnings
 from collections import deque
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,7 @@ def _everywhere(accelerator, state):
 class Rollback:
     "Keeps the last good state in memory, and goes back to it with half the learning rate when a guard asks; the last callback"
     onward = True                                                     # what it knows is not rolled back
+    behind = True                                                     # knows how to go on from a checkpoint before it
     def __init__(self,
         every:int=100, # steps between copies
         most:int=6, # returns from one place, or halvings, before giving up
@@ -124,6 +126,7 @@ def back(self:Rollback):
 # %% ../nbs/16_guards.ipynb #41223bfd
 class Guard:
     "Base of the guards that ask for a return by setting `s.sick`"
+    behind = True
     def ready(self, s):
         if not isinstance(s.callbacks[-1], Rollback):
             raise ValueError(f'{type(self).__name__} asks for returns to earlier weights: '
@@ -346,12 +349,14 @@ def plot_study(done:dict # what `study` returned; the first arm's 'healthy' runs
 # %% ../nbs/16_guards.ipynb #22fd3be5
 def saved_bytes(denoiser:Denoiser, # on any device, the meta device too
                 x0:Tensor, # fields, (B, C, *S)
-                cond=None # their condition
+                cond=None, # their condition
+                bf16:bool=False # run the network in bfloat16, as `fit` may?
                ) -> int:
     "Bytes that a forward pass keeps for its backward pass, weights not counted"
     seen, own = {}, {p.untyped_storage()._cdata for p in denoiser.parameters()}
     def pack(x): seen[x.untyped_storage()._cdata] = x.untyped_storage(); return x
-    with torch.random.fork_rng(), saved_tensors_hooks(pack, lambda x: x):
+    low = torch.autocast(x0.device.type, torch.bfloat16) if bf16 else nullcontext()
+    with torch.random.fork_rng(), saved_tensors_hooks(pack, lambda x: x), low:
         loss = denoiser.predict(x0, torch.full((len(x0),), .5, dtype=torch.float64), cond).square().mean()
     return sum(s.nbytes() for k,s in seen.items() if k not in own)
 
@@ -360,16 +365,18 @@ def budget(denoiser:Denoiser, # network on the device where it will be trained
            x0:Tensor, # a batch of fields on that device; only its shape matters
            cond=None, # its condition
            ema:int=1, # averages of the weights that are kept
-           back:bool=True # is there a `Rollback`? Its copy lies in the host's memory
+           back:bool=True, # is there a `Rollback`? Its copy lies in the host's memory
+           accumulate:int=1, # parts of the batch, one after the other
+           bf16:bool=False # run the network in bfloat16?
           ) -> dict: # part -> bytes
     "What training with AdamW needs"
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     weights, moving = (size([*denoiser.parameters(), *denoiser.buffers()]),
                        size(p for p in denoiser.parameters() if p.requires_grad))
     one, two = (saved_bytes(denoiser, x0[:1].expand(n, *x0.shape[1:]),
-                            cond if cond is None else cond[torch.zeros(n, dtype=torch.long)]) for n in (1,2))
+                            cond if cond is None else cond[torch.zeros(n, dtype=torch.long)], bf16) for n in (1,2))
     parts = dict(weights=weights, average=ema*weights, gradients=moving, moments=2*moving,
-                 activations=one + (len(x0)-1)*(two-one))
+                 activations=one + (len(x0)//accumulate - 1)*(two-one))
     return parts | dict(copy=2*back*(weights + parts['average'] + 2*moving))     # two, while one is made or used
 
 # %% ../nbs/16_guards.ipynb #c16b0001
@@ -446,7 +453,8 @@ class MemoryGuard:
     def ready(self, s):
         dev, B = next(s.denoiser.parameters()).device, lambda v: si(v, 'B')
         ema, back = sum(hasattr(c, 'model') for c in s.callbacks), any(isinstance(c, Rollback) for c in s.callbacks)
-        b = budget(s.denoiser, *(v if v is None else v.to(dev) for v in (self.x0, self.cond)), ema, back)
+        b = budget(s.denoiser, *(v if v is None else v.to(dev) for v in (self.x0, self.cond)), ema, back,
+                   s.config.get('accumulate', 1), s.config['bf16'])
         there = ['weights', 'average'] + ['moments']*bool(s.opt.state)
         place_of = lambda part: 'device' if dev.type == 'cuda' and part != 'copy' else 'host'
         self.free, self.start = _room(dev), _held(dev)
@@ -455,7 +463,8 @@ class MemoryGuard:
             text = (f'training needs another {B(sum(need.values()))} of memory on the {place} '
                     f'({", ".join(f"{k} {B(v)}" for k,v in need.items())}); {B(free)} are free')
             if sum(need.values()) > free:
-                raise MemoryError(f'{text}: take a smaller batch or network, or ask for more memory')
+                raise MemoryError(f'{text}: take a smaller batch, one in parts (accumulate=) or a smaller network, '
+                                  'or ask for more memory')
             if s.main: print(text)
         s.event('budget', **b)
     def after_step(self, s):

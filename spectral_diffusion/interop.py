@@ -13,9 +13,10 @@ from calendar import timegm
 from pathlib import Path
 from types import SimpleNamespace
 from torch import nn, Tensor
-from .schedules import Schedule, edm, flow, flow_path, table, to_target, ve, vp, _d
-from .denoisers import Denoiser, check_times
+from .schedules import Schedule, check_times, edm, flow, flow_path, table, to_target, ve, vp, _d
+from .denoisers import Denoiser
 from .data import to_uint8
+from .runs import load_run
 
 # %% ../nbs/23_interop.ipynb #b22578b2
 def to_step(t, # times in (0, 1]
@@ -56,7 +57,7 @@ class Wrapped(Denoiser):
     def predict(self, x, t, cond=None):
         "The network's raw answer, in the target's terms"
         if not x.is_cuda: check_times(t)
-        return self.call(self.net, x, self.clock(_d(t)).to(x).expand(len(x)), cond)
+        return self.call(self.net, x, self.clock(_d(t)).to(x.device, torch.float32).expand(len(x)), cond)
 
 # %% ../nbs/23_interop.ipynb #cf4e1900
 def wrap(net, # module or function: (x_t, step (B,)) -> answer, (B, C, *S)
@@ -197,7 +198,7 @@ def to_tensorboard(run, # folder of a run
                   ) -> int: # scalars written
     "A run's log as TensorBoard scalars (needs tensorboard)"
     from torch.utils.tensorboard import SummaryWriter
-    rows = [*scalars(map(json.loads, (Path(run)/'log.jsonl').read_text().splitlines()))]
+    rows = [*scalars(load_run(run).log)]
     with SummaryWriter(to) as w:
         for tag, v, step, at in rows: w.add_scalar(tag, float(v), step, at)
     return len(rows)

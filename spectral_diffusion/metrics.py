@@ -452,6 +452,8 @@ def precision_recall(
 )->tuple: # two `Score`s
     "Improved precision and recall (Kynkäänniemi et al. 2019), with half-sampling intervals"
     n = _at_least(4*(k+1), 'precision_recall', real, fake)
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError('features that are not finite have no neighbours: count them as lost')
     rr, ff, fr = (torch.cdist(a.float(), b.float()) for a,b in ((real,real), (fake,fake), (fake,real)))
     both = lambda i,j: torch.stack([covered(fr[j][:,i], rr[i][:,i], k), covered(fr[j][:,i].T, ff[j][:,j], k)])
     half = lambda x: torch.randperm(len(x), generator=generator)[:len(x)//2]
@@ -503,6 +505,9 @@ def copy_rate(
 )->Score:
     "Share of samples nearer to the training set than a share `q` of held-out items; `q` if nothing is copied"
     df, dh = (nearest(x, train)[0][:,0] for x in (fake, heldout))
+    if dh.quantile(q) == 0:
+        raise ValueError(f'{(dh == 0).float().mean():.0%} of the held-out items are training items themselves, '
+                         f'which leaves no threshold for q={q:g}: take the twins out, or raise q')
     s = bootstrap(lambda f,h: (f < h.quantile(q)).float().mean(), df, dh, name='copy rate', generator=generator)
     n, p, z = len(fake), s.value, 1.96
     mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(p*(1-p)/n + (z/(2*n))**2)/(1 + z*z/n)

@@ -18,7 +18,7 @@ from .runs import Run, progress
 from .fourier import psd_of
 from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm,
                                           grid_uniform, lognormal, pdf, table, w_edm, w_min_snr, w_plain)
-from .denoisers import Denoiser, Guided
+from .denoisers import Denoiser, Guided, mean_of
 from .samplers import sample_ddpm, sample_dpmpp2m, sample_heun
 from .data import Batches, Images, to_field
 from .volumes import CaseBatches, Cases
@@ -199,10 +199,12 @@ def effort(r:Recipe, # of which
     return lam, e/torch.trapezoid(e, lam).abs()
 
 # %% ../nbs/21_recipes.ipynb #5729c093
-def _keep(r, run, seed, steps):
-    "Twenty checkpoints of a training, or one every thousand steps, in its run, if it has one"
-    return [Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', min(1000, max(1, steps//20)),
-                        config=dict(recipe=r.name, seed=seed))] if run else []
+def _keep(r, run, seed, steps, callbacks):
+    "Callbacks, and in a run twenty checkpoints of the training, or one every thousand steps, behind those with a state"
+    if not run: return callbacks
+    held = [c for c in callbacks if hasattr(c, 'state_dict') and not getattr(c, 'behind', False)]
+    return [*held, Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', min(1000, max(1, steps//20)),
+                               config=dict(recipe=r.name, seed=seed)), *(c for c in callbacks if c not in held)]
 
 # %% ../nbs/21_recipes.ipynb #5729c095
 def train(r:Recipe, # what to train
@@ -221,7 +223,7 @@ def train(r:Recipe, # what to train
     early = [Early(ema, r.early)]*(r.guide != 1)
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
                 generator=gen(2), opt=r.opt, rate=r.rate,
-                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps), *callbacks])
+                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps, callbacks)])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -247,11 +249,12 @@ def draw(r, # a `Recipe` or `VolumeRecipe`, for its sampler
         raise ValueError(f'{n} fields cannot be asked for with a condition for {", ".join(map(str, sorted(m)))}')
     g, dev = torch.Generator().manual_seed(1000*seed + 10), next(model.parameters()).device
     grid = r.grid(model.schedule, max(1, (nfe or r.nfe)//(1 + own)))
-    z = model.schedule.prior((n, *shape), g, grid[0])
+    z = model.schedule.prior((n, *shape), g, grid[0], mean_of(model))
     def part(i):
         D = model if cond is None else Guided(model, cond[i:i+batch].to(dev))      # tells `against` the same
         return r.sampler(D, z[i:i+batch].to(dev), grid, generator=g).x.clamp(-1, 1).cpu()
-    with torch.autocast(dev.type, torch.bfloat16, enabled=r.bf16):
+    low = r.bf16 and (dev.type == 'cuda' or isinstance(r, Recipe))                # as each of the two is trained
+    with torch.autocast(dev.type, torch.bfloat16, enabled=low):
         return torch.cat([part(i) for i in progress(range(0, n, batch), desc='sample')])
 
 # %% ../nbs/21_recipes.ipynb #c53fd732
@@ -417,7 +420,7 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*ema, log, *early, *_keep(r, run, seed, steps), *callbacks], r.opt)
+                [*ema, log, *early, *_keep(r, run, seed, steps, callbacks)], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

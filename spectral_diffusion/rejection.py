@@ -157,6 +157,10 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     if limits is None:
         limits = thresholds(denoiser, log_ratio, x_T[:256], grid, q, eta, generator)
         asked = N*min(B, 256)
+    lam = denoiser.schedule.logsnr(grid.double().cpu())
+    if len(limits.level) != N or limits.logsnr is not None and not torch.allclose(limits.logsnr.cpu().double(), lam):
+        raise ValueError(f'these limits are of another grid, of {len(limits.level)} times: '
+                         f'measure them on this one, of {N}')
     grid, level, step = (v.to(dev).double() for v in (grid, *limits[:2]))
     x, x0, y, l = x_T.clone(), x_T.clone(), x_T.clone(), level.new_zeros(B)
     j, fresh, todo = (torch.zeros(B, dtype=torch.long, device=dev), torch.ones(B, dtype=torch.bool, device=dev),

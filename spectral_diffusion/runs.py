@@ -154,7 +154,8 @@ def log(self:Run,
     event, # what happened, one word
     **kw,  # numbers and words that belong to it
 ):
-    "Append one line to `log.jsonl`: the event, seconds since the start, and `kw`; warns once and never raises if it cannot"
+    "Append one line to `log.jsonl`: the event, seconds since the start, and `kw`; warns once and never raises if the disk does not take it"
+    if 't' in kw: raise ValueError("'t' is the log's own clock: give a time of the diffusion another name")
     try:
         line = json.dumps(plain(dict(t=round(time.time()-self.t0, 3), event=event, **kw)), default=str)
         with open(self.log_file, 'ab') as f:
@@ -209,12 +210,17 @@ def goal_met(
 
 # %% ../nbs/01_runs.ipynb #3a0e1b00
 @patch
+def _write(self:Run, **new):
+    "Change `metrics.json`, or nothing at all where a value cannot be written"
+    metrics = AttrDict({**self.metrics, **new})
+    write_json(self.folder/'metrics.json', metrics); self.metrics = metrics
+
+@patch
 def metric(self:Run,
     **kw, # name=value
 ):
     "Record numbers in `metrics.json`"
-    self.metrics.metrics.update(kw)
-    write_json(self.folder/'metrics.json', self.metrics)
+    self._write(metrics={**self.metrics.metrics, **kw})
 
 # %% ../nbs/01_runs.ipynb #07bd4aa0
 @patch
@@ -232,8 +238,7 @@ def claim(self:Run,
     "Record a claim in `metrics.json`, with `met` derived by `goal_met`; the same name again replaces it"
     c = AttrDict(name=name, value=value, low=low, high=high, n=n, unit=unit, seed_value=seed_value, goal=goal,
                  met=goal_met(goal, value, low, high), **kw)
-    self.metrics.claims = [o for o in self.metrics.claims if o.name!=name] + [c]
-    write_json(self.folder/'metrics.json', self.metrics)
+    self._write(claims=[o for o in self.metrics.claims if o.name!=name] + [c])
     return c
 
 # %% ../nbs/01_runs.ipynb #5f326fe2

@@ -84,6 +84,7 @@ def _march(plan, denoiser, x_T, grid, generator, callback, jump):
 # %% ../nbs/06_samplers.ipynb #d3accdcf
 def _renew(a, b, eta):
     "Share of X that is kept, and fresh noise (None: none), for every step of a grid"
+    if not 0 <= eta <= 1: raise ValueError(f'eta={eta} is a share of the noise: give 0 to 1')
     up = eta*b[1:]*(1 - (a[:-1]*b[1:]/(a[1:]*b[:-1]))**2).clamp(min=0).sqrt()
     return (b[1:]**2 - up**2).sqrt()/b[:-1], up if eta else None
 

@@ -122,7 +122,8 @@ def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
     from torch.distributed.checkpoint import state_dict as dcp        # takes a second to load
     net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
     where = dict(rng=rng_state(), generator=self.generator and self.generator.get_state(),
-                 data=self.data.state_dict() if hasattr(self.data, 'state_dict') else None)
+                 **{k: o.state_dict() if hasattr(o, 'state_dict') else None
+                    for k,o in (('data', self.data), ('loss', self.loss_fn))})
     return dict(model=dcp.get_model_state_dict(net, **whole),
                 opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None,
                 where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
@@ -135,22 +136,25 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
                    ):
     "Become what `state` was; with `where=False` the weights go back and the data go on"
     from torch.distributed.checkpoint import state_dict as dcp
-    net, opt = self._parts; whole = dict(options=dcp.StateDictOptions(full_state_dict=True))
+    net, opt = self._parts
+    whole, loose = (dict(options=dcp.StateDictOptions(full_state_dict=True, strict=b)) for b in (True, False))
     if {*state['callbacks']} != {*self._keepers()}:
         raise ValueError(f"the state is of a run with callbacks {', '.join(state['callbacks'])}: "
                          f"this one has {', '.join(self._keepers())}")
     # torch does not load into an optimiser that is about to step
     opt.zero_grad()
     dcp.set_model_state_dict(net, state['model'], **whole)
-    if state['opt']: dcp.set_optimizer_state_dict(net, opt, state['opt'], **whole)
-    else: opt.state.clear()
+    if state['opt']: dcp.set_optimizer_state_dict(net, opt, state['opt'], **loose)
+    idle = [p for k,p in net.named_parameters() if k not in (state['opt'] or {}).get('state', {})]
+    for p in idle: opt.state.pop(p, None)                                 # one that nobody used has no moments
     for p,moments in opt.state.items():
         moments.update({k: torch.empty_like(p).copy_(m) for k,m in moments.items() if m.shape == p.shape})
     for i,c in self._keepers().items(): c.load_state_dict(state['callbacks'][i])
     self.__dict__.update(state['counts']); self.t0, self.items0 = time.time(), self.items
     if not where: return
     w, self.events = state['where'], state['events']
-    if w['data'] is not None: self.data.load_state_dict(w['data'])
+    for o, v in ((self.data, w['data']), (self.loss_fn, w['loss'])):
+        if v is not None: o.load_state_dict(v)
     if w['generator'] is not None: self.generator.set_state(w['generator'])
     set_rng_state(w['rng'])
 
@@ -224,8 +228,9 @@ def fit(denoiser:Denoiser, # trained in place
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients; a `FloatingPointError` where a loss or gradient is no number"
     if accelerator: denoiser.to(accelerator.device)
+    if accumulate < 1: raise ValueError(f'accumulate={accumulate}: a batch has at least one part')
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip,
-                   accelerator=accelerator, opt=opt([*denoiser.parameters()], lr),
+                   accelerator=accelerator, opt=opt([*denoiser.parameters()], lr), loss_fn=loss,
                    config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target,
                                sd=torch.as_tensor(denoiser.sd).tolist())
                        | (dict(accumulate=accumulate) if accumulate > 1 else {})
@@ -252,7 +257,7 @@ def fit(denoiser:Denoiser, # trained in place
             if s.step % 20 == 1 or s.step == steps: s.check()             # looking costs a GPU time
             if not s.skip: nn.utils.clip_grads_with_norm_(params, s.clip, s.norm); s.opt.step()
             call(s, callbacks, 'after_step')
-    except Stop: pass
+    except Stop: s.check()
     if accelerator: denoiser.net = accelerator.unwrap_model(denoiser.net)
     denoiser.eval(); call(s, callbacks, 'after')
     return s
@@ -428,6 +433,10 @@ class Checkpoints:
         if not hasattr(s.data, 'state_dict'):
             raise ValueError(f'{type(s.data).__name__} has no state_dict, so a resumed run could not find '
                              'its place in the data: use Batches, or leave Checkpoints out')
+        for c in s.callbacks[s.callbacks.index(self)+1:]:
+            if hasattr(c, 'state_dict') and hasattr(c, 'after_step') and not getattr(c, 'behind', False):
+                raise ValueError(f'{type(c).__name__} comes behind Checkpoints, which would keep it as it was '
+                                 'before the step: put it in front')
         self.saved, self.config = None, {**s.config, **self.config}
         if self.store.steps(): self.resume(s)
         else:
@@ -443,7 +452,7 @@ class Checkpoints:
         s.event('resumed')
     def save(self, s):
         s.check()
-        state, score = s.state_dict(), self.score and float(self.score(s))
+        score = self.score and float(self.score(s)); state = s.state_dict()    # a score may draw random numbers
         try: self.store.save(s.step, state, self.config, score) if s.main else None
         except OSError as e:
             s.event('save failed', why=str(e))

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .embeddings import LogSNREmbedding, waves
 from .mixing import ChannelNorm, Pointwise, SelfAttention
-from .unets import UNet, again, modulate, zero
+from .unets import UNet, again, check_told, modulate, zero
 
 # %% ../nbs/13_transformers.ipynb #3532e068
 def patchify(
@@ -46,10 +46,11 @@ def positions(
 )->Tensor: # (width, *grid)
     "Sines and cosines of the coordinates, axis by axis; features that are left over are 0"
     n = width//(2*len(grid))*2
-    out = torch.zeros(width, *grid)
-    for i,(g,s) in enumerate(zip(grid, span or grid)):
-        code = waves((torch.arange(g) + .5)*s/g - .5, n, 1e-4, 1.).T
-        out[i*n:(i+1)*n] = code.view(n, *[g if j == i else 1 for j in range(len(grid))])
+    with torch.device('cpu'):                                             # they are kept, whoever asks first
+        out = torch.zeros(width, *grid)
+        for i,(g,s) in enumerate(zip(grid, span or grid)):
+            code = waves((torch.arange(g) + .5)*s/g - .5, n, 1e-4, 1.).T
+            out[i*n:(i+1)*n] = code.view(n, *[g if j == i else 1 for j in range(len(grid))])
     return out
 
 # %% ../nbs/13_transformers.ipynb #59fd14d5
@@ -99,6 +100,7 @@ class DiT(nn.Module):
         tell=None # size -> module (condition, B) -> (B, size), as in `UNet`
     ):
         super().__init__()
+        check_told(tell, classes)
         self.patch = (patch,)*dim if isinstance(patch, int) else tuple(patch)
         if dim not in (1,2,3) or len(self.patch) != dim:
             raise ValueError(f'dim={dim} with patch={patch}: a DiT has 1, 2 or 3 spatial dims and one side per dim')

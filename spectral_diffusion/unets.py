@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['layer', 'zero', 'norm', 'modulate', 'pointwise', 'ResBlock', 'Attention', 'tents', 'BandGain', 'ModeMatrix',
            'fourier_matrices', 'to_modes', 'from_modes', 'mode_product', 'SpectralBranch', 'SpectralBlock', 'BandShift',
-           'known', 'Adapter', 'SkipFilter', 'Bottleneck', 'Adapted', 'again', 'joined', 'UNet', 'n_params',
-           'mixing_macs', 'ResidualDense', 'ResidualMLP', 'member', 'ClipMembers', 'MemberLoss', 'SeedResBlock',
-           'time_mlp', 'UNetCifar32', 'InvertedStepEmbedding', 'VolumeResBlock', 'repeat_conv', 'VolumeLevel', 'Step',
-           'VolumeUNet', 'take_over', 'SeedConvBlock', 'TinyUNet', 'ComplexConv', 'ComplexNorm', 'ComplexSiLU',
-           'complex_layer', 'ComplexResBlock', 'SeedSpectralUNet']
+           'known', 'Adapter', 'SkipFilter', 'Bottleneck', 'Adapted', 'check_told', 'again', 'joined', 'UNet',
+           'n_params', 'mixing_macs', 'ResidualDense', 'ResidualMLP', 'member', 'ClipMembers', 'MemberLoss',
+           'SeedResBlock', 'time_mlp', 'UNetCifar32', 'InvertedStepEmbedding', 'VolumeResBlock', 'repeat_conv',
+           'VolumeLevel', 'Step', 'VolumeUNet', 'take_over', 'SeedConvBlock', 'TinyUNet', 'ComplexConv', 'ComplexNorm',
+           'ComplexSiLU', 'complex_layer', 'ComplexResBlock', 'SeedSpectralUNet']
 
 # %% ../nbs/12_unets.ipynb #29f8bd7b
 import copy, math, torch, torch.nn.functional as F
@@ -322,6 +322,13 @@ class Adapted(nn.Module):
     def forward(self, x, e): return self.adapter(self.block(x, e), e=e)
 
 # %% ../nbs/12_unets.ipynb #30ad634a
+def check_told(tell, # size -> module, or None
+               classes # number of class labels
+              ):
+    "Refuse two ways to tell one network what is asked for: only one would be read"
+    if tell and classes:
+        raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
+
 def _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell):
     if blocks < 1 or any(a not in range(len(mults)) for a in (*attn, *spectral)):
         raise ValueError(f'blocks={blocks} must be at least 1, and attn={attn} and spectral={spectral} '
@@ -330,8 +337,7 @@ def _check(channels, mults, blocks, attn, spectral, adapters, classes, out, tell
     if 'skip' in adapters and out not in (None, channels):
         raise ValueError(f'what is skipped past the network has {channels} channels and the answer {out}: '
                          'leave "skip" out')
-    if tell and classes:
-        raise ValueError('a network is told either a class or, through `tell`, something else: leave one of them out')
+    check_told(tell, classes)
 
 def _outside(dim, channels, out, emb, adapters):
     "Adapters before, behind and past a network; None where there is none"
@@ -533,7 +539,8 @@ def member(net:nn.Module, # made of parameters (E, ...)
            i:int # which member
           ) -> nn.Module: # the same with E = 1
     "One member of an ensemble as a network of its own (a copy)"
-    one = copy.deepcopy(net)
+    one, E = copy.deepcopy(net), len(next(net.parameters()))
+    if i not in range(E): raise ValueError(f'there is no member {i}: they are numbered from 0 to {E-1}')
     for p in one.parameters(): p.data = p.data[i:i+1].clone()
     for m in one.modules():
         if hasattr(m, 'E'): m.E = 1
@@ -560,6 +567,8 @@ class MemberLoss:
         K:int, # steps of the table
         seeds, # one per member
     ): self.loss,self.K,self.gs = loss, K, [torch.Generator().manual_seed(s) for s in seeds]
+    def state_dict(self): return {str(i): g.get_state() for i,g in enumerate(self.gs)}
+    def load_state_dict(self, state): [g.set_state(state[str(i)]) for i,g in enumerate(self.gs)]
     def draw(self, x0):
         each = x0.chunk(len(self.gs))
         t = torch.cat([torch.randint(1, self.K+1, (len(x),), generator=g)
@@ -699,7 +708,11 @@ class VolumeUNet(nn.Module):
         recompute:bool=False # keep less memory in training and compute more?
     ):
         super().__init__()
-        n, emb = len(widths), 4*widths[0]; blocks = (blocks,)*n if isinstance(blocks, int) else blocks
+        n, emb = len(widths), 4*widths[0]
+        if bad := [l for l in attn if l not in range(n) or widths[l] % head]:
+            raise ValueError(f'attention cannot be at {", ".join(f"level {l}" for l in bad)}: '
+                             f'there are levels 0 to {n-1}, whose widths {widths} must be multiples of head={head}')
+        blocks = (blocks,)*n if isinstance(blocks, int) else blocks
         res = lambda i, o, l: VolumeLevel(dim, i, o, emb, l in attn, groups, head)
         conv = lambda i, o, s=1: layer('Conv', dim)(i, o, 3, s, 1)
         self.time,self.mlp,self.tell = (time or partial(waves, dim=widths[0]), time_mlp(widths[0], emb),

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from .runs import progress, replacing
 from .metrics import Score, jackknife, mmd2
-from .data import Batches, check_mask, to_uint8
+from .data import Batches, check_mask, check_share, to_uint8
 
 # %% ../nbs/09_volumes.ipynb #23647555
 @lru_cache
@@ -263,6 +263,7 @@ def cases(
 
 # %% ../nbs/09_volumes.ipynb #9039080e
 def _grid(size, mm):
+    if mm is not None and not mm > 0: raise ValueError(f'mm={mm:g} is the side of a voxel: give a positive length')
     if isinstance(size, int): return (size,)*3, mm or 192/size
     if mm is None: raise ValueError(f'volumes of size {tuple(size)} need mm, the side of a voxel')
     return tuple(size), mm
@@ -428,7 +429,7 @@ def nifti_folder(
     seed:int=0, # of the split
 )->Volumes:
     "Every NIfTI volume in a folder, with its mask where there are masks, as RAS on one grid"
-    size, mm = _grid(size, mm)
+    size, mm = _grid(size, mm); check_share(test)
     pairs = nifti_pairs(path)
     image, mask = zip(*[read_pair(*p, size, mm) for p in progress(pairs, desc=Path(path).name)])
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
