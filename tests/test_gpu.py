@@ -6,7 +6,7 @@ import pytest, torch
 from spectral_diffusion.benchmarks import peak_mem
 from spectral_diffusion.codecs import DCT, Haar, SpaceToDepth
 from spectral_diffusion.conditioning import modes, network
-from spectral_diffusion.data import Batches, digits, to_field
+from spectral_diffusion.data import Batches, digits, point_sets, to_field
 from spectral_diffusion.denoisers import Denoiser, Guided
 from spectral_diffusion.diagnostics import error_map, local_grid, triage
 from spectral_diffusion.fourier import power_law, psd_of
@@ -221,3 +221,11 @@ def test_members():
     from spectral_diffusion.unets import MemberLoss
     drawn = [MemberLoss(None, 100, [1, 2]).draw(torch.zeros(4, 2, device=d)) for d in ('cpu', dev)]
     assert drawn[1][0].device.type == dev and all(torch.equal(a, b.cpu()) for a, b in zip(*drawn))
+
+@pytest.mark.parametrize('name', point_sets)
+def test_oracles_of_points(name):
+    "An exact denoiser answers where its points are"
+    x = torch.randn(200, 2, generator=gen())
+    for sch in (flow(), cosine()):
+        D = point_sets[name].oracle(sch)
+        for t in (.01, .5, 1.): assert near(D(x.to(dev), t), D(x, t), 1e-5)
