@@ -142,7 +142,10 @@ def peak_mem(
 
 # %% ../nbs/02_benchmarks.ipynb #67e83416
 def _locate(cell):
-    if isinstance(cell, str): return cell
+    if isinstance(cell, str):
+        if '\n' not in cell and cell.count(':') != 1:
+            raise ValueError(f"{cell!r} is neither 'module:function' nor source text of several lines, with a `cell`")
+        return cell
     name = f'{cell.__module__}:{cell.__qualname__}'
     if cell.__module__ == '__main__' or '<' in name:
         raise ValueError(f'a fresh process cannot import `{cell.__qualname__}`, which was defined in a notebook '

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .runs import progress
 from .fourier import noise_like
 from .schedules import draw_t
-from .denoisers import bottleneck
+from .denoisers import bottleneck, mean_of
 from .samplers import Sample
 from .metrics import bootstrap
 from .embeddings import LogSNREmbedding
@@ -123,7 +123,7 @@ class Judged(Sample):
         return ax
 
 # %% ../nbs/19_rejection.ipynb #abfdb27f
-def _next(mode, schedule, grid, x, x0, y, j, ok, eta, generator):
+def _next(mode, schedule, grid, x, x0, y, j, ok, eta, generator, mean=0.):
     "Proposals after a verdict, from the accepted x or the rejected y: where, at which index, and to be judged by level?"
     again = ~ok & (j == 0)
     back = ~ok & (j > 0) if mode == 'full' else torch.zeros_like(ok)
@@ -131,7 +131,7 @@ def _next(mode, schedule, grid, x, x0, y, j, ok, eta, generator):
     y, fwd = y.clone(), ~again & ~back
     if fwd.any(): y[fwd] = down(schedule, x[fwd], x0[fwd], grid[to[fwd]-1], grid[to[fwd]], eta, generator)
     if back.any(): y[back] = up(schedule, y[back], grid[j[back]], grid[to[back]], generator)
-    if again.any(): y[again] = schedule.prior(y[again].shape, generator, grid[0]).to(y)
+    if again.any(): y[again] = schedule.prior(y[again].shape, generator, grid[0], mean).to(y)
     return y, to, again | back
 
 # %% ../nbs/19_rejection.ipynb #0cb508aa
@@ -157,7 +157,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     if limits is None:
         limits = thresholds(denoiser, log_ratio, x_T[:256], grid, q, eta, generator)
         asked = N*min(B, 256)
-    lam = denoiser.schedule.logsnr(grid.double().cpu())
+    lam, mean = denoiser.schedule.logsnr(grid.double().cpu()), mean_of(denoiser)
     if len(limits.level) != N or limits.logsnr is not None and not torch.allclose(limits.logsnr.cpu().double(), lam):
         raise ValueError(f'these limits are of another grid, of {len(limits.level)} times: '
                          f'measure them on this one, of {N}')
@@ -185,7 +185,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         k = todo[ok]; x[k], x0[k], l[k] = y[k], y0[ok], ly[ok]
         more = ~(ok & (i == N-1)); todo, i, ok = todo[more], i[more], ok[more]
         y[todo], j[todo], fresh[todo] = _next(mode, denoiser.schedule, grid,
-                                              x[todo], x0[todo], y[todo], i, ok, eta, generator)
+                                              x[todo], x0[todo], y[todo], i, ok, eta, generator, mean)
     out = Judged(x0, asked/B)
     out.tried, out.accepted, out.logsnr = tried, accepted, denoiser.schedule.logsnr(grid).cpu()
     return out

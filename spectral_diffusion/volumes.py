@@ -389,8 +389,10 @@ def nifti_pairs(
 )->list: # (image file, mask file or None), in the order of their names
     "The volumes in a folder and their masks"
     if not (path := Path(path)).is_dir(): raise FileNotFoundError(f'no folder {path}')
-    files = {str(f).removesuffix('.gz').removesuffix('.nii'): f
-             for f in sorted(path.rglob('*')) if f.name.endswith(('.nii', '.nii.gz'))}
+    files, stem = {}, lambda f: str(f).removesuffix('.gz').removesuffix('.nii')
+    for f in sorted(f for f in path.rglob('*') if f.name.endswith(('.nii', '.nii.gz'))):
+        if stem(f) in files: raise ValueError(f'{files[stem(f)]} and {f} have one name: keep one of them')
+        files[stem(f)] = f
     masks = {k.removesuffix('_mask'): files.pop(k) for k in [*files] if k.endswith('_mask')}
     if len(files) < 2:
         raise ValueError(f'{path} holds {len(files)} volumes (.nii or .nii.gz), '
