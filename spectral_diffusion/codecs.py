@@ -66,6 +66,7 @@ def latent_shape(codec:Codec, # any
 bases = dict(fold=lambda e, k: e, haar=lambda e, k: haar(e), dct=lambda e, k: dct(e))
 
 @lru_cache
+@torch.inference_mode(False)                                  # kept for whoever trains later, too
 def block_matrix(basis:str, # a key of `bases`
                  k:int, # side of a block
                  dim:int # spatial dims
@@ -193,6 +194,8 @@ def save_codec(codec:Codec, # with its statistics
                path # file to write, .safetensors
               ):
     "Everything that `load_codec` needs"
+    if bad := {p.dtype for p in codec.parameters()} - {torch.float32}:
+        raise ValueError(f'weights of {bad.pop()} would come back as others: save codec.float(), fitted as that')
     about = dict(kind=type(codec).__name__, config=codec.config, bound=codec.check().bound, digest=digest(codec))
     with durable(path) as t:
         save_file({k: v.contiguous() for k, v in codec.state_dict().items()} or {'none': torch.zeros(1)}, t,
@@ -406,7 +409,7 @@ def train_codec(codec:AutoEncoder, # trained in place, then put into eval mode
                 steps:int, # optimiser steps
                 lr:float=3e-3, # peak learning rate
                 terms=(), # further losses, (reconstruction, fields) -> 0-d
-                generator:torch.Generator=None # source of what the codec draws in training
+                generator:torch.Generator=None # source of what the codec draws in training; a VQVAE's new codes come from torch's own
                ) -> Tensor: # (steps,) squared errors
     "Least squares, with a short warm-up and a cosine"
     opt, out = adamw([*codec.parameters()], lr), []
@@ -444,9 +447,8 @@ def admit(codec:Codec, # that diffusion is to use
     shape = latent_shape(codec, tuple(x.shape[1:])); k = [n//m for n, m in zip(x.shape[2:], shape[1:])]
     mine, average = (torch.cat([psnr(f(b), b) for b in progress(x.split(batch), desc='admit', after=1.)])
                      for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
-    gain = torch.where(average.isinf(), 0., mine - average)          # of a constant field averages are perfect, too
-    if mine.isinf().all(): gain = mine
-    elif (top := gain.isinf()).any(): gain = gain.clamp(max=gain[~top].max())
+    gain = torch.where(average.isinf(), 0., mine - average) if average.isfinite().any() else mine   # constant: no gain
+    if (top := gain.isinf()).any() and not top.all(): gain = gain.clamp(max=gain[~top].max())
     h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.
     s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
     if not s.low >= least:

@@ -196,7 +196,8 @@ def check_one_image(denoiser, # a `Denoiser`; a copy is trained
     "Can a copy learn one image, and does sampling return it?"
     gen = torch.Generator().manual_seed(seed)
     D, batch = deepcopy(denoiser).requires_grad_(), x0.expand(16, *x0.shape[1:])
-    fit(D, iter(lambda: batch, None), steps, lr, loss=loss, generator=gen)
+    try: fit(D, iter(lambda: batch, None), steps, lr, loss=loss, generator=gen)
+    except FloatingPointError as e: return Check('one image, learned and sampled', False, f'{e}')
     xT = D.schedule.prior((4, *x0.shape[1:]), gen, grid[0], mean_of(D)).to(x0.device)
     def part(x): return x if mean else x - x.mean([*range(2, x.ndim)], keepdim=True)
     off = part(sampler(D, xT, grid, generator=gen).x - x0).square().mean().sqrt()

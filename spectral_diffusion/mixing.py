@@ -273,6 +273,8 @@ class FourierConv(Mixer):
                               /(2**.5*(1 if separable else channels**.5)))
 
     def mix(self, x):
+        if x.ndim - 2 != len(self.modes):
+            raise ValueError(f'a field of {x.ndim - 2} spatial dims, but modes={self.modes}: give one number per dim')
         ks, X = bins(x.shape[2:], self.modes), rfftn(x)
         at = (..., *[k % n for k, n in zip(ks, x.shape[2:])])
         w = cplx(self.w, x)[(..., *[k + m for k, m in zip(ks[:-1], self.modes)], ks[-1])]
