@@ -60,7 +60,7 @@ class Counts(nn.Module):
     def forward(self, counts, gone, n):
         none = self.none.expand(n, -1)
         if counts is None: return self.net(none)
-        if not counts.is_cuda and (counts < 0).any():
+        if counts.device.type == 'cpu' and (counts < 0).any():
             raise ValueError('counts are 0 or more: leave out what is not known')
         first = torch.arange(counts.shape[1], device=counts.device)*(self.most + 1)
         h = self.table(counts.clamp(max=self.most) + first).flatten(1)
