@@ -1097,8 +1097,7 @@ def plot_steps(
     "Scores against steps with their intervals, and the number that is enough; returns the figure"
     import matplotlib.pyplot as plt
     at = {n: s for n,s in scores.items() if math.isfinite(s.value)}
-    v, low = ([getattr(s, k) for s in at.values()] for k in ('value', 'low'))
-    high = [getattr(s, 'high', 2*s.value - s.low) for s in at.values()]
+    v, low, high = ([getattr(s, k) for s in at.values()] for k in ('value', 'low', 'high'))
     fig, ax = plt.subplots(figsize=(6, 3), layout='constrained')
     ax.vlines([*at], low, high, color='C0'); ax.plot([*at], v, 'o-', c='C0')
     ax.plot(enough, at[enough].value, 'o', ms=11, mfc='none', c='C1', mew=2)

@@ -126,6 +126,7 @@ def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
                     for k,o in (('data', self.data), ('loss', self.loss_fn))})
     return dict(model=dcp.get_model_state_dict(net, **whole),
                 opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None,
+                idle=[i for i,p in enumerate(net.parameters()) if p not in opt.state],     # nobody used them yet
                 where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
                 counts=dict(step=self.step, items=self.items, scale=self.scale), events=self.events)
 
@@ -145,8 +146,9 @@ def load_state_dict(self:TrainState, state:dict, # from `state_dict`
     opt.zero_grad()
     dcp.set_model_state_dict(net, state['model'], **whole)
     if state['opt']: dcp.set_optimizer_state_dict(net, opt, state['opt'], **loose)
-    idle = [p for k,p in net.named_parameters() if k not in (state['opt'] or {}).get('state', {})]
-    for p in idle: opt.state.pop(p, None)                                 # one that nobody used has no moments
+    else: opt.state.clear()
+    for i,p in enumerate(net.parameters()):
+        if i in state['idle']: opt.state.pop(p, None)                     # torch has made it moments
     for p,moments in opt.state.items():
         moments.update({k: torch.empty_like(p).copy_(m) for k,m in moments.items() if m.shape == p.shape})
     for i,c in self._keepers().items(): c.load_state_dict(state['callbacks'][i])
@@ -227,8 +229,8 @@ def fit(denoiser:Denoiser, # trained in place
         rate=lr_scale # (step, steps, warmup) -> factor on the learning rate
        ) -> TrainState: # the state after the last step
     "Train a denoiser: warm-up and cosine, clipped gradients; a `FloatingPointError` where a loss or gradient is no number"
-    if accelerator: denoiser.to(accelerator.device)
     if accumulate < 1: raise ValueError(f'accumulate={accumulate}: a batch has at least one part')
+    if accelerator: denoiser.to(accelerator.device)
     s = TrainState(denoiser=denoiser, data=data, generator=generator, callbacks=callbacks, steps=steps, clip=clip,
                    accelerator=accelerator, opt=opt([*denoiser.parameters()], lr), loss_fn=loss,
                    config=dict(steps=steps, lr=lr, warmup=warmup, clip=clip, bf16=bf16, target=denoiser.target,

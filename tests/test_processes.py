@@ -1,4 +1,4 @@
-"Two processes make the run that one makes: the network copied to both, then cut up between them, going on from the other's checkpoint."
+"Two processes make the run that one makes: the network copied to both, going on from its own checkpoint, then cut up between them."
 import os, subprocess, sys, time
 from pathlib import Path
 import psutil, torch
@@ -27,7 +27,7 @@ def main(folder, how):
     if how == 'sharded':       # accelerate offers sharding on accelerators only: on CPUs its type is set by hand
         acc.state.distributed_type, acc.state.fsdp_plugin = (
             DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True))
-    result = train(folder/'run', acc, 7 if how == 'copied' else None)
+    result = train(folder/'run', acc, dict(copied=5, again=7).get(how))
     if how == 'sharded':
         local = next(result[2].denoiser.parameters())
         assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up
@@ -42,7 +42,7 @@ def launch(folder, how):
 
 def test_two_processes_make_the_run_of_one(tmp_path):
     losses, weights, _ = train(tmp_path/'alone')
-    launch(tmp_path, 'copied'); launch(tmp_path, 'sharded')
+    launch(tmp_path, 'copied'); launch(tmp_path, 'again'); launch(tmp_path, 'sharded')
     losses2, weights2 = torch.load(tmp_path/'result.bin', weights_only=True)
     torch.testing.assert_close(losses2, losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights2, weights, rtol=1e-3, atol=1e-4)
