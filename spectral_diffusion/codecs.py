@@ -447,8 +447,8 @@ def admit(codec:Codec, # that diffusion is to use
     shape = latent_shape(codec, tuple(x.shape[1:])); k = [n//m for n, m in zip(x.shape[2:], shape[1:])]
     mine, average = (torch.cat([psnr(f(b), b) for b in progress(x.split(batch), desc='admit', after=1.)])
                      for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
-    gain = torch.where(average.isinf(), 0., mine - average) if average.isfinite().any() else mine   # constant: no gain
-    if (top := gain.isinf()).any() and not top.all(): gain = gain.clamp(max=gain[~top].max())
+    # where averages are perfect there is nothing to gain; 160 dB is as near as float32 can be
+    gain = mine if mine.isinf().all() else torch.where(average.isinf(), 0., mine.clamp(max=160) - average)
     h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.
     s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
     if not s.low >= least:

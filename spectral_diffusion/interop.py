@@ -8,9 +8,8 @@ __all__ = ['predicts', 'to_step', 'to_time', 'schedule_of', 'Wrapped', 'wrap', '
            'to_tensorboard']
 
 # %% ../nbs/23_interop.ipynb #6d98dfc9
-import json, time, torch
+import time, torch
 from calendar import timegm
-from pathlib import Path
 from types import SimpleNamespace
 from torch import nn, Tensor
 from .schedules import Schedule, check_times, edm, flow, flow_path, table, to_target, ve, vp, _d
