@@ -409,7 +409,7 @@ def train_codec(codec:AutoEncoder, # trained in place, then put into eval mode
                 steps:int, # optimiser steps
                 lr:float=3e-3, # peak learning rate
                 terms=(), # further losses, (reconstruction, fields) -> 0-d
-                generator:torch.Generator=None # source of what the codec draws in training; a VQVAE's new codes come from torch's own
+                generator:torch.Generator=None # source of what the codec draws in training; None: torch's own
                ) -> Tensor: # (steps,) squared errors
     "Least squares, with a short warm-up and a cosine"
     opt, out = adamw([*codec.parameters()], lr), []
@@ -564,7 +564,9 @@ class VQVAE(AutoEncoder):
         return q.mT.view_as(z), i.view(len(z), *z.shape[2:]), commit
     def synthesise(self, z): return super().synthesise(self.quantise(z)[0])
     def reconstruct(self, x, generator=None):
-        q, _, commit = self.quantise(self.analyse(x), False)
+        with torch.random.fork_rng(enabled=generator is not None):          # new codes come from torch's own source
+            if generator: torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            q, _, commit = self.quantise(self.analyse(x), False)
         return super().synthesise(q), commit.sum()
 
 # %% ../nbs/18_codecs.ipynb #47de57f2
