@@ -23,7 +23,7 @@ def si(
 )->str: # three digits and a prefix
     "`0.00321, 's'` as `3.21 ms`"
     if not math.isfinite(x) or x == 0: return f'{x:.3g} {unit}'
-    e = min(max(math.floor(math.log10(abs(x)*1.0005)/3), -3), 4)
+    e = min(max(math.floor(math.log10(abs(x)/.9995)/3), -3), 4)
     return f'{x/1000**e:.3g} {["", "k", "M", "G", "T", "n", "µ", "m"][e]}{unit}'
 
 # %% ../nbs/02_benchmarks.ipynb #76cf1b05
@@ -278,6 +278,10 @@ def flops(
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     ops = torch.ops.aten
+    def product(*args, **kw):                                 # of the last two tensors; a complex one is four real ones
+        *_, a, b = filter(torch.is_tensor, args)
+        return (8 if a.is_complex() else 2)*a.numel()*b.shape[-1]
+    product._get_raw = True
     cpu = {ops._scaled_dot_product_flash_attention_for_cpu:
                lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),
            ops._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -285,7 +289,8 @@ def flops(
     fft = {ops._fft_r2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 2.5),
            ops._fft_c2r: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(out_shape, dim, 2.5),
            ops._fft_c2c: lambda x, dim, *_, out_shape=None, **kw: _fft_flops(x, dim, 5)}
-    with FlopCounterMode(display=False, custom_mapping=fft|cpu) as counter: f()
+    products = dict.fromkeys((ops.mm, ops.addmm, ops.bmm, ops.baddbmm), product)
+    with FlopCounterMode(display=False, custom_mapping=fft|cpu|products) as counter: f()
     return counter.get_total_flops()
 
 # %% ../nbs/02_benchmarks.ipynb #812a4f7f

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .runs import progress
 from .fourier import dct, haar, noise_like
-from .metrics import Score, fold_bn, lite0_net, psnr
+from .metrics import Score, fold_bn, lite0_net, over_seeds, psnr
 from .unets import layer, norm, zero
 from .transformers import patchify, unpatchify
 from .volumes import triplanar
@@ -69,11 +69,12 @@ bases = dict(fold=lambda e, k: e, haar=lambda e, k: haar(e), dct=lambda e, k: dc
 @torch.inference_mode(False)                                  # kept for whoever trains later, too
 def block_matrix(basis:str, # a key of `bases`
                  k:int, # side of a block
-                 dim:int # spatial dims
+                 dim:int, # spatial dims
+                 dtype=torch.float32 # of the answer
                 ) -> Tensor: # (k^dim, k^dim), a coefficient per row, the sum first
     "The orthonormal matrix that turns a block"
     n = k**dim
-    return bases[basis](torch.eye(n, dtype=torch.float64).view(n, 1, *[k]*dim), k).flatten(1).T.float().contiguous()
+    return bases[basis](torch.eye(n, dtype=torch.float64).view(n, 1, *[k]*dim), k).flatten(1).T.to(dtype).contiguous()
 
 # %% ../nbs/18_codecs.ipynb #e0e24bc0
 def butterfly(x:Tensor, # (B, C, *S), even sides; back: (B, 2^d C, *S)
@@ -111,7 +112,7 @@ class Blocks(Codec):
         if basis == 'haar' and k & (k-1): raise ValueError(f'Haar blocks have a side of 2, 4, 8, ..., not {k}')
     def _turn(self, y, back=False):
         if self.basis == 'fold': return y
-        d = y.ndim - 2; M = block_matrix(self.basis, self.k, d).to(y)
+        d = y.ndim - 2; M = block_matrix(self.basis, self.k, d, y.dtype).to(y)
         return ((M.T if back else M) @ y.reshape(-1, self.k**d, math.prod(y.shape[2:]))).view_as(y)
     def _one_level(self, x): return self.basis == 'haar' and self.k == 2 and not x.requires_grad
     def analyse(self, x):
@@ -432,7 +433,8 @@ def block_average(x:Tensor, # fields, (B, C, *S)
     "Averages of blocks, repeated or interpolated, whichever is closer to `x`"
     d = x.ndim - 2; low = getattr(F, f'avg_pool{d}d')(x, tuple(k))
     ups = [F.interpolate(low, x.shape[2:], mode=m) for m in ('nearest', ('linear', 'bilinear', 'trilinear')[d-1])]
-    return min(ups, key=lambda y: (y - x).square().mean())
+    near, smooth = ((y - x).square().flatten(1).mean(1) for y in ups)
+    return torch.where((near <= smooth).view(-1, *[1]*(d+1)), *ups)
 
 # %% ../nbs/18_codecs.ipynb #65e46cff
 @torch.no_grad()
@@ -449,8 +451,8 @@ def admit(codec:Codec, # that diffusion is to use
                      for f in (lambda b: codec.decode(codec.encode(b, of), of), lambda b: block_average(b, k)))
     # where averages are perfect there is nothing to gain; 160 dB is as near as float32 can be
     gain = mine if mine.isinf().all() else torch.where(average.isinf(), 0., mine.clamp(max=160) - average)
-    h = 1.96*gain.std().item()/len(gain)**.5 if gain.isfinite().all() else 0.
-    s = Score(gain.mean().item(), gain.mean().item()-h, gain.mean().item()+h, len(gain), 'dB over block averages')
+    s = over_seeds(gain, 'dB over block averages')                              # Student's interval, over fields
+    if not gain.isfinite().all(): s = s._replace(low=s.value, high=s.value)
     if not s.low >= least:
         raise ValueError(f'{s}, needed are {least:g}: '
                          'train the codec longer, or give it more channels or a smaller f')

@@ -152,7 +152,7 @@ class ControlNet(nn.Module):
             raise TypeError(f'a {type(base).__name__} has no way down that could be copied: '
                             'give an unconditional U-Net')
         stem, dim = base.stem, base.stem.weight.ndim - 2
-        self.base,self.copy = base.requires_grad_(False), copy.deepcopy(base).requires_grad_(True)
+        self.base,self.copy = base.requires_grad_(False).eval(), copy.deepcopy(base).requires_grad_(True)
         del self.copy.up, self.copy.head; self.copy.last = self.copy.skip = None
         self.hint = zero(type(stem)(maps, stem.out_channels, stem.kernel_size, stem.stride, stem.padding))
         probe = torch.zeros(1, stem.in_channels, *[4*base.patch]*dim).to(stem.weight)
@@ -180,7 +180,7 @@ def size_agreement(
 )->Score: # 0 to 1
     "Twice the lesions of the right size over all that were asked for and drawn"
     pairs = torch.stack([asked, size_bins(drawn, mm)], 1).double()
-    f = lambda p: 2*p.amin(1).sum()/p.sum()
+    f = lambda p: 2*p.amin(1).sum()/p.sum() if p.any() else p.new_ones(())        # none asked, none drawn: right
     return bootstrap(f, pairs, name='lesions of the right size', n=500, generator=generator)
 
 # %% ../nbs/17_conditioning.ipynb #0e929ca3

@@ -98,6 +98,10 @@ def show(
     return ax
 
 # %% ../nbs/08_data.ipynb #b7ca878b
+def _one_each(x, y):
+    if y is not None and len(y) != len(x):
+        raise ValueError(f'{len(y)} labels or conditions for {len(x)} items: give one for each')
+
 @dataclass(repr=False)
 class Images:
     "A named set of uint8 images with a training and a test part"
@@ -110,6 +114,7 @@ class Images:
         for k,x in dict(train=self.train, test=self.test).items():
             if x.dtype != torch.uint8 or x.ndim != 4:
                 raise TypeError(f'Images.{k} must be uint8 of shape (N, C, H, W), got {x.dtype} {tuple(x.shape)}')
+        for x, y in ((self.train, self.train_y), (self.test, self.test_y)): _one_each(x, y)
     @property
     def shape(self): return tuple(self.train.shape[1:])
     def __repr__(self):
@@ -308,8 +313,8 @@ def read_image(
     gray:bool=False, # one channel instead of three
 )->Tensor: # (3 or 1, size, size) uint8
     "Centre crop and antialiased resize of one file of any mode"
-    im = ImageOps.exif_transpose(Image.open(path))
-    if im.mode == 'F' or im.mode == 'I' and np.asarray(im).max() > 65535:
+    file = Image.open(path); im = ImageOps.exif_transpose(file)
+    if im.mode == 'F' or im.mode == 'I' and file.format not in ('PNG', 'PPM'):        # those are of 16 bits
         raise ValueError(f'{path} holds numbers of no known range (mode {im.mode}): save it with 8 or 16 bits')
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).round().clip(0, 255).astype(np.uint8))
     if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
@@ -359,6 +364,7 @@ class Batches:
         flip:bool=False, # mirror each image with probability 1/2
     ):
         if batch_size > len(x): raise ValueError(f'batch_size {batch_size} is more than the {len(x)} images there are')
+        _one_each(x, y)
         self.x, self.y, self.bs, self.g, self.flip = x, y, batch_size, generator, flip
         self._shuffle()
     def _shuffle(self):
@@ -389,7 +395,7 @@ class Fields:
         batch_size:int, # fields per batch
         generator:torch.Generator, # source of the draws
         cond:Tensor|None=None, # (N, ...), a condition for each; batches are then pairs
-    ): self.x,self.bs,self.g,self.cond = x,batch_size,generator,cond
+    ): _one_each(x, cond); self.x,self.bs,self.g,self.cond = x,batch_size,generator,cond
     def __iter__(self): return self
     def __next__(self):
         i = torch.randint(len(self.x), (self.bs,), generator=self.g)

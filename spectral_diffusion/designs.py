@@ -118,18 +118,21 @@ class Table(list):
     def _repr_markdown_(self):
         cell = lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
         row = lambda vs: '|' + '|'.join(map(cell, vs)) + '|'
-        return '\n'.join([row(self[0]._fields), row(['---']*len(self[0])), *map(row, self)])
+        return '\n'.join([row(self[0]._fields), row(['---']*len(self[0])), *map(row, self)]) if self else 'none'
 
 # %% ../nbs/28_designs.ipynb #f0146cc0
+_parts = 'seed', 'interactions', 'replicates'
+
 def check_factors(factors # dict, or pairs, of name -> choices
                  ) -> dict: # name -> tuple of choices
-    "Refuse names or choices that occur twice, and other numbers of choices than two and three"
+    "Refuse names or choices that occur twice, names that are taken, and other numbers of choices than two and three"
     pairs = list(factors.items() if hasattr(factors, 'items') else factors)
     twice = [f for f, n in Counter(f for f, _ in pairs).items() if n > 1]
     if twice or not pairs:
         raise ValueError(f'the factor {twice[0]!r} is given twice' if twice
                          else 'a design needs at least one factor')
     for f, c in pairs:
+        if f in _parts: raise ValueError(f'a factor cannot be called {f!r}, a part of the variance: rename it')
         if len(c) not in (2, 3):
             raise ValueError(f'{f!r} has {len(c)} choices: give two or three')
         if any(a == b for a, b in itertools.combinations(c, 2)):
@@ -217,6 +220,7 @@ def measure(d:Design, # the runs
     for k in [*d.factors, 'seed']:
         if k not in p or p[k].kind == p[k].VAR_KEYWORD:
             raise TypeError(f'{getattr(f, "__name__", f)} has no argument {k!r}: the factor would change nothing')
+    if len({*seeds}) < len(seeds): raise ValueError(f'a seed is given twice in {list(seeds)}: no second measurement')
     order = [(i, r, s) for r, s in enumerate(seeds) for i in np.random.default_rng(s).permutation(len(d))]
     for i, r, s in progress(order, desc='measure', after=1.): y[i,r] = f(**d[i], seed=s)
     return y
@@ -309,7 +313,7 @@ def anova(s:AttrDict # from `analyse`, one experiment
     if d['seed']:
         out.append(Source('seed', float(s.ss['seed']), d['seed'], ms('seed'), None, None, share('seed', s.s2)))
     if d['interactions']:
-        F = ms('interactions')/ms('replicates') if d['replicates'] else None
+        F = ms('interactions')/ms('replicates') if ms('replicates') else None
         p = None if F is None else float(stats.f.sf(F, d['interactions'], d['replicates']))
         out.append(Source('interactions', float(s.ss['interactions']), d['interactions'],
                           ms('interactions'), F, p, None))
@@ -321,12 +325,15 @@ def anova(s:AttrDict # from `analyse`, one experiment
     return Table([*out, Source('total', float(T), s.N-1, None, None, None, 100.)])
 
 # %% ../nbs/28_designs.ipynb #ae608dab
+def _check_conf(conf):
+    if not 0 < conf < 1: raise ValueError(f'a confidence lies between 0 and 1, not at {conf}: .95 for 95%')
+
 def differences(s:AttrDict, # from `analyse`
                 factor:str, # its name
                 conf:float=.95 # confidence that all the intervals of this factor hold
                ) -> tuple: # difference to the first choice and half width of its interval, (..., L-1) each
     "Effects of the other choices against the first one"
-    n, m = s.n[factor], s.means[factor]
+    n, m = s.n[factor], s.means[factor]; _check_conf(conf)
     t = stats.t.ppf(1 - (1-conf)/2/s.df[factor], s.dfe)
     return m[...,1:] - m[...,:1], t*np.sqrt(s.s2[...,None]*(1/n[0] + 1/n[1:]))
 
@@ -378,7 +385,7 @@ def predict(s:AttrDict, # from `analyse`
             conf:float=.95 # of the interval
            ) -> Prediction:
     "Predicted mean of `r` new measurements at `setting`, with its interval, if effects add up"
-    fs = s.design.factors
+    fs = s.design.factors; _check_conf(conf)
     if bad := set(setting) ^ set(fs):
         raise ValueError(f'the setting must name each factor once, and no other: look at {sorted(bad)}')
     for f, v in setting.items():

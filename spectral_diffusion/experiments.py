@@ -63,6 +63,7 @@ def _parameter(name, inferred_type_name, default, help):
     except (ValueError, SyntaxError):
         raise ValueError(f"the default of parameter '{name}' must be a literal, not {default}") from None
     t = _types.get(inferred_type_name.split('[')[0]) or (None if default is None else type(default))
+    if t is tuple: raise ValueError(f"parameter '{name}' is a tuple, which papermill writes as a string: use a list")
     choices = re.search(r'one of:\s*([^;]+)', help)
     return AttrDict(name=name, type=t, default=default, help=help,
                     choices=choices and [c.strip() for c in choices[1].split(',')])
@@ -82,10 +83,15 @@ def report_parameters(
     return ps
 
 # %% ../nbs/22_experiments.ipynb #6d5388e1
+def _lists(v):
+    "Tuples within, which papermill would write as strings, as lists"
+    if isinstance(v, dict): return {k: _lists(u) for k,u in v.items()}
+    return [*map(_lists, v)] if isinstance(v, (list,tuple)) else v
+
 def _parse(s, t):
     "The command line's string `s` as type `t`"
     if t is bool: return {'true': True, '1': True, 'false': False, '0': False}[s.lower()]
-    return ast.literal_eval(s) if t in (list, tuple, dict) else t(s)
+    return ast.literal_eval(s) if t in (list, dict) else t(s)
 
 # %% ../nbs/22_experiments.ipynb #9e821655
 def convert(
@@ -103,7 +109,7 @@ def convert(
         raise ValueError(f"parameter '{p.name}' must be {t.__name__}, not {type(given).__name__} {given!r}")
     if p.choices and str(v) not in p.choices:
         raise ValueError(f"parameter '{p.name}' must be one of {', '.join(p.choices)}, not {v!r}")
-    return v
+    return _lists(v)
 
 # %% ../nbs/22_experiments.ipynb #2bd34342
 def check_parameters(
@@ -928,9 +934,10 @@ def leaks(
 ):
     "The strings in `o` that show a private path, or are an absolute path; images are not looked into"
     if isinstance(o, dict):
-        return [s for k,v in o.items() if not str(k).startswith('image/') for s in leaks(v, private)]
+        texts = [v for k,v in o.items() if not str(k).startswith('image/')]
+        return leaks([*o], private) + leaks(texts, private)
     if isinstance(o, (list,tuple)): return [s for v in o for s in leaks(v, private)]
-    return [o] if isinstance(o, str) and (any(p in o for p in private) or re.fullmatch(r'/\w[^\n]*', o)) else []
+    return [o] if isinstance(o, str) and (any(p in o for p in private) or re.fullmatch(r'/\w[^\n]*\n?', o)) else []
 
 # %% ../nbs/22_experiments.ipynb #bdde8e81
 def private_paths(
@@ -978,7 +985,7 @@ def promote(
     allow_dirty=False, # also from a tree with uncommitted changes
 )->Path:               # to/<report>
     "Copy a finished run, cleaned, for publication: notebook, parameters, system, metrics, figures"
-    run = Path(run).absolute()
+    run = Path(os.path.abspath(run))                                             # without ..
     files, to = publishable(run, allow_dirty), Path(to or reports_dir()/'results')/run.parent.name
     tmp = to.with_name(f'.tmp-{to.name}')
     shutil.rmtree(tmp, ignore_errors=True)
@@ -1035,7 +1042,7 @@ def refresh(
                        **kernel_options(d)).execute()
     with replacing(index) as t:
         nbformat.write(nb, t)
-        t.write_text(clean_report(t))
+        t.write_text(clean_report(t)); render_readme(t)                              # which refuses what it cannot hold
 
 
 # %% ../nbs/22_experiments.ipynb #6eea4e1a
@@ -1060,7 +1067,9 @@ def sdiff_readme(
     p = argparse.ArgumentParser('sdiff_readme', description='Render nbs/index.ipynb to README.md.')
     p.add_argument('--check', action='store_true', help='only say whether README.md is up to date')
     a = p.parse_args(argv)
-    if not readme(check=a.check) and a.check: sys.exit('README.md is out of date: run sdiff_readme')
+    try: same = readme(check=a.check)
+    except (ValueError, OSError) as e: sys.exit(str(e))
+    if a.check and not same: sys.exit('README.md is out of date: run sdiff_readme')
 
 # %% ../nbs/22_experiments.ipynb #cfbd4ff1
 def sdiff_promote(

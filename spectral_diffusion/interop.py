@@ -66,7 +66,7 @@ def wrap(net, # module or function: (x_t, step (B,)) -> answer, (B, C, *S)
          K:int=1000 # steps of its clock
         ) -> Wrapped: # works wherever a `Denoiser` does
     "A model of any library as our denoiser, in one line"
-    return Wrapped(net, schedule, target, call, lambda t: to_step(t, K))
+    return Wrapped(net, schedule, target, call, lambda t: to_step(t, K).clamp(min=0))       # it knows no step before 0
 
 # %% ../nbs/23_interop.ipynb #846e03fb
 def ask_diffusers(net, # a UNet2DModel, or a transformer of that kind
@@ -133,7 +133,10 @@ def to_scheduler(schedule:Schedule, # variance preserving, `flow` or `edm`
     if kind == 'FlowMatch': return cls(num_train_timesteps=K, **kw)
     if kind == 'EDM':
         low, high = (-schedule.logsnr(_d([0., 1.]))/2).exp().tolist()
-        return cls(num_train_timesteps=K, **dict(sigma_min=10*low, sigma_max=high) | kw)    # as `schedule_of` reads it
+        out = cls(num_train_timesteps=K, **dict(sigma_min=10*low, sigma_max=high) | kw)     # as `schedule_of` reads it
+        if (schedule_of(out).logsnr(_d(.5)) - schedule.logsnr(_d(.5))).abs() > 1e-3:
+            raise ValueError("the schedule's rho is not the scheduler's 7: pass rho=, as it was given to edm")
+        return out
     abar = table_of(schedule, K)
     betas = 1 - abar/torch.cat([abar.new_ones(1), abar[:-1]])
     return cls(num_train_timesteps=K, trained_betas=betas.tolist(), **kw)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .runs import fmt, progress, replacing
-from .fourier import rapsd
+from .fourier import full_precision, rapsd
 
 # %% ../nbs/07_metrics.ipynb #ccfea045
 class Score(NamedTuple):
@@ -58,8 +58,10 @@ def drop(
     return x[torch.arange(len(x)) % groups != i]
 
 # %% ../nbs/07_metrics.ipynb #beb109ef
-def _t975(nu, z=1.959964):
-    return z + (z**3+z)/(4*nu) + (5*z**5+16*z**3+3*z)/(96*nu**2) + (3*z**7+19*z**5+17*z**3-15*z)/(384*nu**3)
+def _t975(nu):
+    "Student's quantile for a 95% interval"
+    from scipy.special import stdtrit
+    return float(stdtrit(nu, .975))
 
 def jackknife(
     full:Tensor, # statistic of all images, any shape
@@ -76,9 +78,8 @@ def over_seeds(
     name:str='', # of the `Score`
 )->Score: # `n` counts seeds
     "Mean over seeds, with Student's 95% interval"
-    from scipy.special import stdtrit
     v = torch.as_tensor(values).double(); n = len(v)
-    m, h = v.mean().item(), float(stdtrit(n-1, .975))*v.std().item()/n**.5 if n > 1 else math.nan
+    m, h = v.mean().item(), _t975(n-1)*v.std().item()/n**.5 if n > 1 else math.nan
     return Score(m, m-h, m+h, n, name)
 
 # %% ../nbs/07_metrics.ipynb #6b0c1e71
@@ -294,7 +295,7 @@ def frechet(
     if torch.is_tensor(a) or torch.is_tensor(b):
         raise TypeError('frechet compares FrechetStats: wrap features in stats_of(...)')
     _same_features(a, b)
-    need, n = enough(len(a.s1)) if min_n is None else min_n, min(a.n, b.n)
+    need, n = enough(len(a.s1)) if min_n is None else max(2, min_n), min(a.n, b.n)
     if n < need:
         raise ValueError(f'a Frechet distance over {len(a.s1)} features needs n >= {need:,} images on each side, '
                          f'got {n:,}: draw more, or use kid')
@@ -454,6 +455,7 @@ def precision_recall(
     n = _at_least(4*(k+1), 'precision_recall', real, fake)
     if not (real.isfinite().all() and fake.isfinite().all()):
         raise ValueError('features that are not finite have no neighbours: count them as lost')
+    real, fake = (v.double() - real.double().mean(0) for v in (real, fake))           # far from 0, digits are lost
     rr, ff, fr = (torch.cdist(a.float(), b.float()) for a,b in ((real,real), (fake,fake), (fake,real)))
     both = lambda i,j: torch.stack([covered(fr[j][:,i], rr[i][:,i], k), covered(fr[j][:,i].T, ff[j][:,j], k)])
     half = lambda x: torch.randperm(len(x), generator=generator)[:len(x)//2]
@@ -486,7 +488,8 @@ def nearest(
     chunk:int=512, # queries at a time
 )->tuple: # RMS distance per element (N, k), index (N, k); nearest first
     "The k nearest training items of each query, by brute force"
-    x,t = x.flatten(1),train.flatten(1)
+    x,t = (full_precision(v.flatten(1)) for v in (x, train))
+    m = t.mean(0); x,t = x - m,t - m                                        # far from 0, digits are lost
     if not x.isfinite().all(): raise ValueError('queries that are not finite have no neighbours: count them as lost')
     idx = torch.cat([(t.square().sum(1) - 2*c@t.T).topk(k, dim=1, largest=False).indices
                      for c in progress(x.split(chunk), desc='neighbours', after=2.)])
@@ -499,18 +502,20 @@ def nearest(
 def copy_rate(
     fake:Tensor,    # samples (N, ...), images or features
     train:Tensor,   # what the model was trained on (M, ...)
-    heldout:Tensor, # real, not trained on, of the same distribution (L, ...)
+    heldout:Tensor, # real, not trained on, of the same distribution (L, ...), L at least 1/q - 1
     q:float=.05,    # share of held-out items that the threshold allows
     generator=None, # torch.Generator, for the bootstrap
 )->Score:
     "Share of samples nearer to the training set than a share `q` of held-out items; `q` if nothing is copied"
+    L = len(heldout); p = (q*(L+1) - 1)/max(1, L-1)                  # below this quantile lies a new item with chance q
+    if p < 0: raise ValueError(f'{L} held-out items are too few for q={q:g}: give {math.ceil(1/q - 1)}, or raise q')
     df, dh = (nearest(x, train)[0][:,0] for x in (fake, heldout))
-    if dh.quantile(q) == 0:
+    if dh.quantile(p) == 0:
         raise ValueError(f'{(dh == 0).float().mean():.0%} of the held-out items are training items themselves, '
                          f'which leaves no threshold for q={q:g}: take the twins out, or raise q')
-    s = bootstrap(lambda f,h: (f < h.quantile(q)).float().mean(), df, dh, name='copy rate', generator=generator)
-    n, p, z = len(fake), s.value, 1.96
-    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(p*(1-p)/n + (z/(2*n))**2)/(1 + z*z/n)
+    s = bootstrap(lambda f,h: (f < h.quantile(p)).float().mean(), df, dh, name='copy rate', generator=generator)
+    n, v, z = len(fake), s.value, 1.96
+    mid, half = (v + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(v*(1-v)/n + (z/(2*n))**2)/(1 + z*z/n)
     return s._replace(low=min(s.low, mid-half), high=max(s.high, mid+half))
 
 # %% ../nbs/07_metrics.ipynb #eeb3879a
@@ -521,6 +526,7 @@ def kth_distance(
 )->Tensor: # (N), float64
     "Chebyshev distance from each query to its k-th nearest point"
     from scipy.spatial import cKDTree
+    if len(y) < k: raise ValueError(f'{len(y)} points have no {k}-th neighbour: give more, or a smaller k')
     d,_ = cKDTree(y.numpy()).query(x.numpy(), [k], p=math.inf)
     return torch.from_numpy(d[:,0])
 
@@ -547,9 +553,9 @@ def sliced_wasserstein(
 )->float: # in the units of x
     "Root mean squared Wasserstein-2 distance over random directions"
     u = F.normalize(torch.randn(x.shape[1], n, generator=generator, dtype=torch.float64), dim=0)
-    q = (torch.arange(min(len(x), len(y)), dtype=torch.float64) + .5)/min(len(x), len(y))
-    a, b = ((v.double()@u).quantile(q, dim=0) if len(v) > len(q) else (v.double()@u).sort(0).values for v in (x, y))
-    return float((a - b).square().mean().sqrt())
+    q = torch.cat([torch.arange(len(v)+1, dtype=torch.float64)/len(v) for v in (x, y)]).unique()   # where quantiles jump
+    a, b = ((v.double()@u).sort(0).values[((q[1:] + q[:-1])/2*len(v)).long()] for v in (x, y))
+    return float((q.diff()@(a - b).square()).mean().sqrt())
 
 # %% ../nbs/07_metrics.ipynb #62a31a6c
 def two_sample_p(
@@ -564,7 +570,7 @@ def two_sample_p(
     D, s = torch.cdist(z, z), torch.cat([torch.full((len(x),), 1/len(x)), torch.full((len(y),), -1/len(y))]).double()
     S = torch.stack([s] + [s[torch.randperm(len(z), generator=generator)] for _ in range(n)])
     stat = -((S@D)*S).sum(1)
-    return ((stat >= stat[0] - 1e-12).sum()/(n+1)).item()
+    return ((stat >= stat[0] - 1e-12*stat.abs().max()).sum()/(n+1)).item()
 
 # %% ../nbs/07_metrics.ipynb #212ae764
 def _pair(x, y):
@@ -572,6 +578,7 @@ def _pair(x, y):
         raise ValueError(f'items are compared one to one: shapes {tuple(x.shape)} and {tuple(y.shape)} differ')
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError('a comparison of items that hold NaN or infinity has no value')
+    return full_precision(x), full_precision(y)
 
 def psnr(
     x:Tensor, # (B, C, *S)
@@ -579,7 +586,7 @@ def psnr(
     span:float=2., # largest minus smallest value that is possible
 )->Tensor: # (B), dB
     "Peak signal-to-noise ratio; infinite for equal items"
-    _pair(x, y)
+    x, y = _pair(x, y)
     return 20*math.log10(span) - 10*(x - y).square().flatten(1).mean(1).log10()
 
 # %% ../nbs/07_metrics.ipynb #c9e981db
@@ -589,7 +596,7 @@ def ssim_parts(
     span:float=2., # largest minus smallest possible value
 )->tuple: # SSIM, and its contrast factor, (B) each
     "Structural similarity, averaged over windows and channels"
-    _pair(x, y)
+    x, y = _pair(x, y)
     if min(x.shape[2:]) < 11: raise ValueError(f'SSIM needs sides of at least 11, got {tuple(x.shape[2:])}')
     w = torch.exp(-(torch.arange(-5, 6)/1.5)**2/2).to(x); w /= w.sum()
     def mean(v):

@@ -128,6 +128,7 @@ def filtered(x:Tensor, # field, (B, C, *S)
              size=None # zero-padded size; None: S, a circular convolution
             ) -> Tensor: # field, (B, C, *S)
     "irfftn(H rfftn(x))"
+    if len(H) not in (1, len(x)): raise ValueError(f'{len(H)} noise levels for {len(x)} fields: give one, or one each')
     size, k = tuple(size or x.shape[2:]), max(1, min(2**18//x[0].numel(), len(x)//4))
     if torch.is_grad_enabled() or not x.is_cpu: return _filtered(x, H, size)
     y, same = torch.empty_like(x, memory_format=torch.contiguous_format), size == x.shape[2:]
@@ -403,7 +404,7 @@ class WindowAttention(SelfAttention):
 class Pointwise(nn.Linear):
     "The same linear layer over the channels at every place"
     def forward(self, x, reuse=False): # reuse: may the answer overwrite x?
-        if not x.is_contiguous(): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        if self.bias is None or not x.is_contiguous(): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
         h, b = x.flatten(2), self.bias[:,None]
         if torch.is_grad_enabled() or not x.is_cpu or torch.is_autocast_enabled('cpu'):
             y = torch.baddbmm(b, self.weight.expand(len(h), -1, -1), h)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['recipes', 'e1', 'small', 'default', 'volume_recipes', 'Recipe', 'add', 'cosine_matched', 'adam', 'loss_weight',
-           'recipe', 'denoiser', 'effort', 'train', 'draw', 'flow_density', 'resolution_shift', 'VolumeRecipe',
-           'add_volume', 'train_volumes']
+           'fingerprint', 'recipe', 'denoiser', 'effort', 'train', 'draw', 'flow_density', 'resolution_shift',
+           'VolumeRecipe', 'add_volume', 'train_volumes']
 
 # %% ../nbs/21_recipes.ipynb #3b3664ac
-import hashlib, math, torch
+import hashlib, inspect, math, torch
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -136,24 +136,35 @@ add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional
            bf16=True, sampler=sample_heun, grid=grid_edm, nfe=18))
 
 # %% ../nbs/21_recipes.ipynb #3204073c
+def fingerprint(*data): # tensors or arrays
+    "A hash of their types, shapes and bytes, 16 hex digits"
+    h = hashlib.sha256()
+    for v in map(torch.as_tensor, data):
+        h.update(f'{v.dtype} {tuple(v.shape)} '.encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
 def _said(v):
     "A field of a recipe in words: of a function its name and what was put into it"
-    if isinstance(v, Tensor): return 'tensor ' + hashlib.sha256(v.cpu().numpy().tobytes()).hexdigest()[:8]
+    if hasattr(v, '__array__'): return f'{type(v).__name__.lower()} {fingerprint(v)[:8]}'
     if isinstance(v, partial):
         given = [*map(_said, v.args), *(f'{k}={_said(o)}' for k,o in v.keywords.items())]
         return f"{_said(v.func)}({', '.join(given)})"
     name = getattr(v, '__qualname__', '<lambda>')
     held = [_said(c.cell_contents) for c in getattr(v, '__closure__', None) or ()]
+    if '<locals>' in name: held += map(_said, [*(v.__defaults__ or ()), *(v.__kwdefaults__ or {}).values()])
+    if inspect.ismethod(v): held.append(_said(v.__self__))
     if name == '<lambda>' or name.endswith('<lambda>') and not held: return str(v)
     return name.replace('.<locals>', '').replace('.<lambda>', '') + f"({', '.join(held)})"*bool(held)
 
 # %% ../nbs/21_recipes.ipynb #3373b7ff
 def recipe(name:str=default, # of a recipe in the table
+           /,
            **changes # fields to change, and their values
           ) -> Recipe:
     "A recipe of that name, with changes"
     if name not in recipes: raise ValueError(f"there is no recipe '{name}': choose one of {', '.join(recipes)}")
-    known = {f.name for f in fields(Recipe)}
+    known = {f.name for f in fields(Recipe)} - {'name'}
     if bad := changes.keys() - known:
         raise ValueError(f"a recipe has no {', '.join(sorted(bad))}: its fields are {', '.join(sorted(known))}")
     new = ', '.join([name, *(f'{k}={_said(v)}' for k,v in changes.items() if k != 'params')])
@@ -199,12 +210,16 @@ def effort(r:Recipe, # of which
     return lam, e/torch.trapezoid(e, lam).abs()
 
 # %% ../nbs/21_recipes.ipynb #5729c093
-def _keep(r, run, seed, steps, callbacks):
-    "Callbacks, and in a run twenty checkpoints of the training, or one every thousand steps, behind those with a state"
+def _keep(r, run, seed, steps, callbacks, *data):
+    "Callbacks, and in a run twenty checkpoints, or one every thousand steps, behind those with a state; for this training alone"
     if not run: return callbacks
     held = [c for c in callbacks if hasattr(c, 'state_dict') and not getattr(c, 'behind', False)]
-    return [*held, Checkpoints(run.folder/'checkpoints'/f'{r.name}-{seed}', min(1000, max(1, steps//20)),
-                               config=dict(recipe=r.name, seed=seed)), *(c for c in callbacks if c not in held)]
+    about = 'source', 'params', 'digits', 'sampler', 'grid', 'nfe', 'best', 'fate'          # not of the training
+    said = {f.name: _said(getattr(r, f.name)) for f in fields(r) if f.name not in about}
+    same = {k: v for k, v in said.items() if ' at 0x' not in v} | dict(seed=seed, data=fingerprint(*data))
+    name = r.name if len(r.name) < 80 and '/' not in r.name else hashlib.sha256(r.name.encode()).hexdigest()[:16]
+    return [*held, Checkpoints(run.folder/'checkpoints'/f'{name}-{seed}', min(1000, max(1, steps//20)), config=same),
+            *(c for c in callbacks if c not in held)]
 
 # %% ../nbs/21_recipes.ipynb #5729c095
 def train(r:Recipe, # what to train
@@ -223,7 +238,7 @@ def train(r:Recipe, # what to train
     early = [Early(ema, r.early)]*(r.guide != 1)
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
                 generator=gen(2), opt=r.opt, rate=r.rate,
-                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps, callbacks)])
+                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps, callbacks, data.train)])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -234,7 +249,7 @@ def draw(r, # a `Recipe` or `VolumeRecipe`, for its sampler
          shape:tuple, # of one, (C, *S)
          seed:int=0, # of the noise
          nfe:int=0, # times of the grid, as in the recipe; 0: as the recipe says
-         batch:int=128, # fields at a time
+         batch:int=128, # fields at a time; of a sampler that renews noise another number means other noise
          cond=None # what is asked for, one for each field: (n, ...) or `Parts`
         ) -> Tensor: # (n, C, *S), in [-1, 1]
     "Fields from a trained recipe"
@@ -417,10 +432,11 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
     D = _united(r, r.net(), r.schedule(), *_measured(r, cases)).to(device)
     log, ema = Log(run), [EMA(r.ema)] if r.ema else []; early = [Early(*ema, r.early)]*(r.guide != 1)
+    data = [*filter(torch.is_tensor, cases), *(codec.state_dict().values() if codec else ())]
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*ema, log, *early, *_keep(r, run, seed, steps, callbacks)], r.opt)
+                [*ema, log, *early, *_keep(r, run, seed, steps, callbacks, *data)], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

@@ -16,7 +16,7 @@ from .runs import progress
 from .fourier import noise_like
 from .schedules import draw_t
 from .denoisers import bottleneck, mean_of
-from .samplers import Sample
+from .samplers import Sample, check_grid
 from .metrics import bootstrap
 from .embeddings import LogSNREmbedding
 from .unets import layer, norm, zero
@@ -43,6 +43,7 @@ def down(schedule, # its alpha and sigma
          generator=None # source of that noise
         ) -> Tensor: # x_s
     "A step of `sample_ddim` at times of each item's own"
+    if not 0 <= eta <= 1: raise ValueError(f'eta={eta} is a share of the noise: give 0 to 1')
     (a,b), (a_,b_), X, X0 = schedule.coeffs(t, x), schedule.coeffs(s, x), schedule.to(x), schedule.to(x0)
     new = eta*b_*(1 - (a*b_/(a_*b))**2).clamp(min=0).sqrt()
     return schedule.back(a_*X0 + (b_**2 - new**2).sqrt()*(X - a*X0)/b + new*noise_like(X, generator))
@@ -85,7 +86,7 @@ def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                generator=None # source of that noise
               ) -> Limits:
     "Quantiles of the log ratio and of its increments along plain trajectories"
-    x, logs = x_T, []
+    x, logs, grid = x_T, [], check_grid(grid)
     for i, t in enumerate(progress(grid, desc='thresholds', after=1.)):
         if i: x = down(denoiser.schedule, x, x0, grid[i-1], t, eta, generator)
         x0, l = judge(denoiser, log_ratio, x, t); logs.append(l.double())
@@ -153,7 +154,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         raise ValueError(f'mode {mode!r}: use retry, full or light')
     if mode == 'retry' and not eta:
         raise ValueError("eta=0 proposes the same step for ever: use mode='full' or eta > 0")
-    B, N, dev, asked = len(x_T), len(grid), x_T.device, 0
+    grid = check_grid(grid); B, N, dev, asked = len(x_T), len(grid), x_T.device, 0
     if limits is None:
         limits = thresholds(denoiser, log_ratio, x_T[:256], grid, q, eta, generator)
         asked = N*min(B, 256)

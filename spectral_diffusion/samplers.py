@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Sample', 'tableaus', 'sample_euler', 'sample_midpoint', 'sample_heun2', 'sample_heun3', 'sample_rk4', 'sample_heun',
-           'stages', 'spaces', 'GL', 'sample_dpmpp2m', 'sample_dpmpp3m', 'samplers', 'stochastic', 'adaptive', 'Asker',
-           'check_grid', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'grid_size', 'sample_exp', 'sample_dpmpp',
-           'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'unrespaced', 'smooth_bands',
-           'warp_grid', 'optimize_grid']
+           'spaces', 'GL', 'sample_dpmpp2m', 'sample_dpmpp3m', 'samplers', 'stochastic', 'adaptive', 'stages', 'Asker',
+           'check_grid', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'sample_exp', 'sample_dpmpp',
+           'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'grid_size', 'unrespaced',
+           'smooth_bands', 'warp_grid', 'optimize_grid']
 
 # %% ../nbs/06_samplers.ipynb #69ce1a1e
 import itertools, math, torch
@@ -137,6 +137,8 @@ def _slopes(f, t):
 # %% ../nbs/06_samplers.ipynb #d059e215
 def _line(schedule, t, k, x):
     "The space of the solvers at times t, (n,): scale, tau, and p, q of the slope p X + q x0_hat"
+    if k == 0 and not schedule.alpha(t).all():
+        raise ValueError("k=0, EDM's space, is infinite where alpha = 0 (zero SNR): start below t = 1, or use k=1")
     def gains(t):
         a0, b0 = (f(t).view(-1, *[1]*(x.ndim-1)) for f in (schedule.alpha, schedule.sigma))
         return *(c/(a0 + k*b0) for c in _coeffs(schedule, t, x)), b0/(a0 + k*b0), a0 + k*b0
@@ -212,15 +214,6 @@ def sample_rk(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
 sample_euler, sample_midpoint, sample_heun2, sample_heun3, sample_rk4 = (partial(sample_rk, method=m) for m in tableaus)
 sample_heun = sample_heun2
 
-# %% ../nbs/06_samplers.ipynb #877997cf
-stages = {m: len(w) for m,(_,w) in tableaus.items()} | dict(heun=2, edm=2)
-
-def grid_size(name:str, # of a sampler
-              nfe:int # questions that may be asked
-             ) -> int: # times in the grid
-    "How long a grid a budget of questions buys"
-    return (nfe-1)//stages.get(name, 1) + 1
-
 # %% ../nbs/06_samplers.ipynb #57974c21
 spaces = dict(
     x0  = (lambda a, b, sd: b, lambda l, sd: l.exp()),
@@ -241,6 +234,7 @@ def _weights(m, nodes):
 # %% ../nbs/06_samplers.ipynb #f37ba1bc
 def _ramp(l, moments, order, extra=()):
     "Weights of the last `order` answers (and of `extra` nodes, after the first) for all steps; moments(steps, n)"
+    if order < 1: raise ValueError(f'order={order} uses no answer: take 1 or more')
     h, parts = l.diff(dim=0), []
     for q in range(1, order+1):
         i = torch.arange(min(q-1, len(h)), len(h) if q == order else min(q, len(h)))
@@ -261,7 +255,7 @@ def _moments(clock, l, l_, n):
 def sample_exp(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
                x_T:Tensor, # noisy field at the grid's first time, (B, C, *S)
                grid:Tensor, # falling times that are asked, in (0, 1]
-               target:str='x0', # what is extrapolated: eps, x0, v, u or F
+               target:str='x0', # what is extrapolated: eps, x0, u, F, or v (of the field over sqrt(alpha^2 + sigma^2))
                order:int=2, # answers in use: 1 freezes the last one
                sd:float=1., # std of the data (F)
                generator=None, # unused: deterministic
@@ -350,10 +344,11 @@ def _lift(schedule, t, s, x):
 def renoise(schedule:Schedule, # of the field
             x:Tensor, # noisy field at t, (B, C, *S)
             t, # its time
-            s, # later time, > t
+            s, # later time, >= t
             generator=None # source of the noise
            ) -> Tensor: # field at s
     "The forward process from t to s: x_s = a x_t + sqrt(sigma_s^2 - a^2 sigma_t^2) z, with a = alpha_s/alpha_t"
+    if (_d(s) < _d(t)).any(): raise ValueError(f'noise is added from t up to s, and s = {s:.4g} is below t = {t:.4g}')
     X = schedule.to(x)
     (a,), (b,) = (_rows(c, X) for c in _lift(schedule, t, s, X))
     return schedule.back(_lin((a, X), (b, noise_like(X, generator))))
@@ -460,6 +455,17 @@ samplers = dict(ddim=sample_ddim, ddpm=sample_ddpm, euler_a=sample_ddpm, euler=s
 stochastic = ('ddpm', 'euler_a', 'edm', 'dpmpp2m_sde', 'dpmpp3m_sde', 'restart')
 adaptive = ('fehlberg2', 'bosh3', 'dopri5', 'dopri8')
 
+# %% ../nbs/06_samplers.ipynb #877997cf
+stages = {m: len(w) for m,(_,w) in tableaus.items()} | dict(heun=2, edm=2)
+
+def grid_size(name:str, # of a sampler
+              nfe:int # questions that may be asked
+             ) -> int: # times in the grid
+    "How long a grid a budget of questions buys"
+    if name not in samplers or name in (*adaptive, 'restart'):
+        raise ValueError(f"'{name}' is no sampler that asks a grid of times a fixed number of times each")
+    return (nfe-1)//stages.get(name, 1) + 1
+
 # %% ../nbs/06_samplers.ipynb #c81ca892
 @torch.no_grad()
 def unrespaced(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
@@ -484,6 +490,7 @@ def smooth_bands(denoiser, # D(x_t, t, cond) -> x0_hat, with a `schedule`
                  share:tuple=(0.,.2,.4) # of the last answer that each band keeps, len(edges)+1, in [0, 1)
                 ): # a denoiser; for one run at a time
     "Moving average of x0_hat over the questions, per frequency band (after Qian et al. 2024)"
+    if len(share) != len(edges) + 1: raise ValueError(f'{len(edges)} edges make {len(edges)+1} bands, not {len(share)}')
     last, before, t_last = None, None, 0.                            # the last answer, the last at a later time
     def D(x, t, cond=None):
         nonlocal last, before, t_last
@@ -503,7 +510,7 @@ def warp_grid(schedule:Schedule, # clock
              ) -> Tensor: # (n,), the same first time, never beyond the same last one
     "Stretch the log-SNR steps of a grid by a smooth factor"
     l = schedule.logsnr(_d(grid)).clamp(min=-20)
-    u = torch.linspace(0, len(knots)-1, len(l)-1, dtype=torch.float64)
+    u, knots = torch.linspace(0, len(knots)-1, len(l)-1, dtype=torch.float64), _d(knots)
     i = u.long().clamp(max=len(knots)-2)
     steps = l.diff()*torch.lerp(knots[i], knots[i+1], u-i).exp()
     steps = steps*((l[-1]-l[0])/steps.sum()).clamp(max=1)

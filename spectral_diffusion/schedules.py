@@ -45,7 +45,10 @@ class Schedule:
     size: tuple = None   # the spatial size S that the filter is for
 
     def __post_init__(self):
-        raw = self.t_of
+        raw, l = self.t_of, self.logsnr(_d([.1,.5,.9]))
+        if not l.is_meta and not (l.diff() < 0).all():
+            raise ValueError(f"log-SNR must fall with time; that of '{self.name}' is "
+                             f"{', '.join(f'{v:.3g}' for v in l.tolist())} at .1, .5, .9: check its parameters")
         object.__setattr__(self, 't_of', lambda l: raw(l.clamp(-80, 80)).clamp(0, 1))   # a clock ends at 0 and 1
     def to(self, x):
         if self.size and x.shape[2:] != self.size:
@@ -111,6 +114,7 @@ def prior(self:Schedule,
           var=1. # variance of the data per coordinate, broadcasts over the coordinates
          ) -> Tensor:
     "Draw x_t from the Gaussian that matches the data's mean and variance"
+    check_times(t)
     x = noise_like(torch.empty(shape, device=generator.device if generator else None), generator)
     a, s = self.coeffs(t, x)
     return self.back(a*self.to(torch.zeros_like(x) + mean) + (a**2*var + s**2).sqrt()*self.to(x))
@@ -185,6 +189,8 @@ def table(abar, # alpha^2 after each of K steps, (K,), falling
          ) -> Schedule:
     "Variance preserving schedule given by K steps: exact at t = k/K, alpha interpolated between"
     a = torch.cat([torch.ones(1, dtype=torch.float64), _d(abar).sqrt()])
+    if not a.is_meta and not ((a >= 0).all() and (a.diff() <= 0).all()):
+        raise ValueError('alpha^2 after each step falls from 1 towards 0: of betas, pass (1 - beta).cumprod(0)')
     t = torch.linspace(0, 1, len(a), dtype=torch.float64)
     fa, ft = a.flip(0), t.flip(0)
     def logsnr(s):

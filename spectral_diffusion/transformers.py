@@ -43,10 +43,10 @@ def positions(
     grid:tuple, # tokens along each axis
     width:int, # features
     span:tuple=None, # grid whose patches are one unit wide; None: this one
-)->Tensor: # (width, *grid)
+)->Tensor: # (width, *grid), kept for the next one who asks: not to be written into
     "Sines and cosines of the coordinates, axis by axis; features that are left over are 0"
     n = width//(2*len(grid))*2
-    with torch.device('cpu'):                                             # they are kept, whoever asks first
+    with torch.device('cpu'):                                             # whoever asks first
         out = torch.zeros(width, *grid)
         for i,(g,s) in enumerate(zip(grid, span or grid)):
             code = waves((torch.arange(g) + .5)*s/g - .5, n, 1e-4, 1.).T
