@@ -267,10 +267,11 @@ def plot_times(
     ax.xaxis.set_major_formatter(lambda x, _: si(x, 's')); ax.minorticks_off()
     return fig
 
-# %% ../nbs/02_benchmarks.ipynb #57e87fbb
+# %% ../nbs/02_benchmarks.ipynb #57e87fb0
 def _fft_flops(full, dims, c):
     return int(c*math.prod(full)*math.log2(max(2, math.prod(full[d] for d in dims))))
 
+# %% ../nbs/02_benchmarks.ipynb #57e87fbb
 def flops(
     f:Callable, # called once, without arguments
 )->int: # floating-point operations; a multiply-add counts two
@@ -279,8 +280,7 @@ def flops(
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
     ops = torch.ops.aten
     def product(*args, **kw):                                 # of the last two tensors; a complex one is four real ones
-        *_, a, b = filter(torch.is_tensor, args)
-        return (8 if a.is_complex() else 2)*a.numel()*b.shape[-1]
+        *_, a, b = filter(torch.is_tensor, args); return (8 if a.is_complex() else 2)*a.numel()*b.shape[-1]
     product._get_raw = True
     cpu = {ops._scaled_dot_product_flash_attention_for_cpu:
                lambda q, k, v, *_, **kw: sdpa_flop_count(q, k, v),

@@ -454,8 +454,7 @@ def admit(codec:Codec, # that diffusion is to use
     s = over_seeds(gain, 'dB over block averages')                              # Student's interval, over fields
     if not gain.isfinite().all(): s = s._replace(low=s.value, high=s.value)
     if not s.low >= least:
-        raise ValueError(f'{s}, needed are {least:g}: '
-                         'train the codec longer, or give it more channels or a smaller f')
+        raise ValueError(f'{s}, needed are {least:g}: train the codec longer, or give it more channels or a smaller f')
     return s
 
 # %% ../nbs/18_codecs.ipynb #afa2b273

@@ -97,11 +97,12 @@ def show(
     ax.set_title(title, fontsize=10)
     return ax
 
-# %% ../nbs/08_data.ipynb #b7ca878b
+# %% ../nbs/08_data.ipynb #b7ca8790
 def _one_each(x, y):
     if y is not None and len(y) != len(x):
         raise ValueError(f'{len(y)} labels or conditions for {len(x)} items: give one for each')
 
+# %% ../nbs/08_data.ipynb #b7ca878b
 @dataclass(repr=False)
 class Images:
     "A named set of uint8 images with a training and a test part"

@@ -453,7 +453,7 @@ def precision_recall(
 )->tuple: # two `Score`s
     "Improved precision and recall (Kynkäänniemi et al. 2019), with half-sampling intervals"
     n = _at_least(4*(k+1), 'precision_recall', real, fake)
-    if not (real.isfinite().all() and fake.isfinite().all()):
+    if not all(v.isfinite().all() for v in (real, fake)):
         raise ValueError('features that are not finite have no neighbours: count them as lost')
     real, fake = (v.double() - real.double().mean(0) for v in (real, fake))           # far from 0, digits are lost
     rr, ff, fr = (torch.cdist(a.float(), b.float()) for a,b in ((real,real), (fake,fake), (fake,real)))

@@ -33,6 +33,12 @@ def flow_path(logsnr:Tensor # log-SNR, any shape
     "alpha and sigma with alpha + sigma = 1"
     return (logsnr/2).sigmoid(), (-logsnr/2).sigmoid()
 
+# %% ../nbs/04_schedules.ipynb #603f8c70
+def _check_falls(name, l):
+    if not l.is_meta and not (l.diff() < 0).all():
+        raise ValueError(f"log-SNR must fall with time; that of '{name}' is "
+                         f"{', '.join(f'{v:.3g}' for v in l.tolist())} at .1, .5, .9: check its parameters")
+
 # %% ../nbs/04_schedules.ipynb #603f8c7f
 @dataclass(frozen=True)
 class Schedule:
@@ -45,10 +51,7 @@ class Schedule:
     size: tuple = None   # the spatial size S that the filter is for
 
     def __post_init__(self):
-        raw, l = self.t_of, self.logsnr(_d([.1,.5,.9]))
-        if not l.is_meta and not (l.diff() < 0).all():
-            raise ValueError(f"log-SNR must fall with time; that of '{self.name}' is "
-                             f"{', '.join(f'{v:.3g}' for v in l.tolist())} at .1, .5, .9: check its parameters")
+        _check_falls(self.name, self.logsnr(_d([.1,.5,.9]))); raw = self.t_of
         object.__setattr__(self, 't_of', lambda l: raw(l.clamp(-80, 80)).clamp(0, 1))   # a clock ends at 0 and 1
     def to(self, x):
         if self.size and x.shape[2:] != self.size:

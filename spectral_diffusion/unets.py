@@ -473,17 +473,21 @@ def n_params(module:nn.Module # anything with parameters
 def mixing_macs(net:nn.Module, # a network
                 *args # of its forward, for one item
                ) -> dict: # multiply-adds: 'spatial', 'spectral'
-    "Work that mixes channels, in space and in frequency"
-    n, hooks = dict(spatial=0, spectral=0), []
+    "Work that mixes channels, in space and in frequency; a copy of the network is asked"
+    n, net = dict(spatial=0, spectral=0), copy.deepcopy(net).eval()
     def count(m, i, o):
+        d = 0 if isinstance(m, ModeMatrix) else o.ndim - 2
         if isinstance(m, ModeMatrix): n['spectral'] += 4*o[0].numel()
-        elif o.ndim > 2:
-            n['spatial'] += m.weight.numel()*(i[0][0].numel()//m.in_features if isinstance(m, nn.Linear)
-                                              else (i[0] if m.transposed else o)[0,0].numel())
+        elif type(m).__name__ == 'Step':                    # below: `repeat_conv` does not call its layer; 4 weights for 3
+            if m.up and all(a == 2*b for a, b in zip(o.shape[2:], i[0].shape[2:])):
+                n['spatial'] += m.conv.weight.numel()//3**d*4**d*i[0][:,0].numel()
+        elif d > 0:
+            n['spatial'] += m.weight.numel()*(i[0].numel()//m.in_features if isinstance(m, nn.Linear)
+                                              else (i[0] if m.transposed else o)[:,0].numel())
     for m in net.modules():
-        if isinstance(m, (ModeMatrix, nn.Linear, nn.modules.conv._ConvNd)): hooks.append(m.register_forward_hook(count))
+        if isinstance(m, (ModeMatrix, nn.Linear, nn.modules.conv._ConvNd)) or type(m).__name__ == 'Step':
+            m.register_forward_hook(count)
     with torch.no_grad(): net(*args)
-    for h in hooks: h.remove()
     return n
 
 # %% ../nbs/12_unets.ipynb #027cad6c

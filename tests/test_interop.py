@@ -134,4 +134,14 @@ def test_refusals():
     for bad in (coloured(edm(), power_law((8,), 1.)), coloured(cosine(), power_law((8,), 1.))):
         with pytest.raises(ValueError, match='variance preserving'): ForDiffusers(Gaussian(bad, 1.))
     with pytest.raises(ValueError, match='cannot follow edm'): to_scheduler(edm(), scheduler('DDIMScheduler').__class__)
+    cls, warped, half = scheduler('EDMEulerScheduler').__class__, edm(.01, 50., 5.), torch.tensor(.5).double()
+    with pytest.raises(ValueError, match='pass rho='): to_scheduler(warped, cls)
+    back = schedule_of(to_scheduler(warped, cls, rho=5.))
+    assert torch.allclose(back.logsnr(half), warped.logsnr(half))
     with pytest.raises(ValueError, match='outside'): wrap(lambda x, i: x, cosine())(torch.randn(1, 2), 0.)
+
+def test_no_step_before_the_first():
+    "A grid may end below the table's first time; the network is told its first step there, and not one before"
+    asked = []
+    wrap(lambda x, i: asked.append(i.item()) or x, cosine())(torch.randn(1, 2), 1e-4)
+    assert asked == [0.]
