@@ -155,12 +155,13 @@ def test_read_only_disk(small_disk):
 def test_two_writers(tmp_path):
     "A second process that saves into the same folder is told so, or waits its turn by luck; nothing breaks"
     store, busy = Store(tmp_path, keep=2), 0
-    with saving(tmp_path) as (_, conn):
+    with saving(tmp_path) as (p, conn):
         conn.recv()
         for step in range(1000, 1020):
             try: store.save(step, state_of(step))
-            except OSError as e: busy += e.errno == errno.EBUSY and 'another process' in str(e)
+            except OSError as e: assert e.errno == errno.EBUSY and 'another process' in str(e), e; busy += 1
             assert same((o := store.load()).state, state_of(o.step))
+        assert p.is_alive()
     assert busy > 0
 
 dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool,

@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from spectral_diffusion.conditioning import *
 from spectral_diffusion.denoisers import Denoiser, Gaussian, Guided
-from spectral_diffusion.guards import budget
+from spectral_diffusion.guards import budget, saved_bytes
 from spectral_diffusion.samplers import samplers
 from spectral_diffusion.schedules import cosine, flow, grid_edm, lognormal
 from spectral_diffusion.training import EMA, Checkpoints, denoising_loss, fit
@@ -63,11 +63,11 @@ def test_modes_train(mode, make, tmp_path):
             def after_step(self, s):
                 if s.step == steps: raise KeyboardInterrupt
         try:
-            fit(D, CaseBatches(cs, 4, gen(2), m.batch), 6, 1e-2, loss=loss, generator=gen(3),
-                callbacks=[ema, Halt(), Checkpoints(folder, 2)])
-        except KeyboardInterrupt: pass
-        return D, ema
-    a, ema = run(tmp_path/'a', 99); run(tmp_path/'b', 4); b, _ = run(tmp_path/'b', 99)
+            s = fit(D, CaseBatches(cs, 4, gen(2), m.batch), 6, 1e-2, loss=loss, generator=gen(3),
+                    callbacks=[ema, Halt(), Checkpoints(folder, 2)])
+        except KeyboardInterrupt: return
+        return D, ema, [e['step'] for e in s.events if e['what'] == 'resumed']
+    a, ema, _ = run(tmp_path/'a', 99); run(tmp_path/'b', 4); b, _, begun = run(tmp_path/'b', 99); assert begun == [2]
     assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
     x, t, g = (torch.randn(4, 1, 8, 8, 8, generator=gen()), torch.tensor(.5),
                modes[mode].batch(*(v[:4].float() for v in some()[:2]), some().bins))
@@ -153,6 +153,7 @@ def test_sizes_and_refusals():
 def test_budget_of_a_bundle():
     "What is told counts, as a tensor and in a bundle alike"
     x = torch.randn(4, 1, 8, 8, 8); maps, D = x.sigmoid(), Denoiser(network('bravo', makers['unet']), cosine(), 'v')
-    told = budget(D, x, Parts(maps=maps))
-    assert told == budget(D, x, Parts(maps=maps[:1])) and told['activations'] > 0
-    assert budget(Denoiser(UNet(3, 1, 8, (1, 2), 1), cosine(), 'v'), x)['activations'] > 0
+    told = budget(D, x, Parts(maps=maps))['activations']
+    assert told == pytest.approx(saved_bytes(D, x, Parts(maps=maps)), rel=.01) and told > budget(D, x)['activations']
+    C = Denoiser(UNet(3, 1, 8, (1, 2), 1, classes=10), cosine(), 'v'); y = torch.arange(4)
+    assert budget(C, x, y)['activations'] == pytest.approx(saved_bytes(C, x, y), rel=.01)

@@ -1,11 +1,20 @@
 "The three contracts under random shapes, times and values: Field, Schedule, Denoiser."
+import gc, math
+from dataclasses import replace
 import pytest, torch
+from PIL import Image
+from nbformat.v4 import new_markdown_cell, new_notebook
 from hypothesis import example, given, settings, strategies as st
-from spectral_diffusion.data import to_field, to_uint8
+from spectral_diffusion.book import head
+from spectral_diffusion.codecs import DCAE, Codec, load_codec, save_codec, train_codec
+from spectral_diffusion.data import check_field, image_folder, to_field, to_uint8
 from spectral_diffusion.denoisers import Denoiser, Gaussian, Mixture
 from spectral_diffusion.fourier import Noise, bands, hartley, irfftn, power_law, rapsd, rfftn
+from spectral_diffusion.metrics import scorecard
+from spectral_diffusion.recipes import train_volumes, volume_recipes
 from spectral_diffusion.samplers import samplers
 from spectral_diffusion.schedules import *
+from spectral_diffusion.unets import UNet
 
 settings.register_profile('book', max_examples=25, deadline=None); settings.load_profile('book')
 sizes = st.lists(st.integers(2, 9), min_size=1, max_size=3).map(tuple)
@@ -79,3 +88,34 @@ def test_wiener_beats_every_other_gain():
     err = lambda y: (y - x).square().mean()
     for k in (.9, 1.1): assert err(best*k) > err(best)
     assert err(Gaussian(sch, 1.)(xt, .5)) > err(best)
+
+small = replace(volume_recipes['small-volumes'], net=lambda: None)
+refusals = {
+    'integers are no field': (lambda: check_field(torch.zeros(1, 1, 4, 4).int()), TypeError, 'use to_field'),
+    'an empty frequency': (lambda: Noise(torch.tensor([1., 0.])), ValueError, 'cannot be inverted'),
+    'an infinite one': (lambda: coloured(flow(), torch.tensor([1., math.inf])), ValueError, 'cannot be inverted'),
+    'no std at a frequency': (lambda: Denoiser(None, coloured(flow(), torch.ones(4)), 'F', torch.zeros(4)),
+                              ValueError, 'sd must be positive'),
+    'no blocks': (lambda: UNet(2, 1, 8, (1,), 0), ValueError, 'must be at least 1'),
+    'features as samples': (lambda: scorecard(None, *torch.zeros(3, 9, 4)), ValueError, 'takes samples as images'),
+    'a codec for voxels': (lambda: train_volumes(small, None, Codec()), ValueError, 'pass no codec'),
+    'fields that are not finite': (lambda: train_codec(DCAE(1, 1, 2, 2, 4, 8), iter([torch.full((1, 1, 8), math.nan)]),
+                                                       1), FloatingPointError, 'check the data'),
+    'a chapter without a title': (lambda: head(new_notebook(cells=[new_markdown_cell('Well')])), ValueError,
+                                  "must begin with '# title'")}
+
+@pytest.mark.parametrize('what', refusals)
+def test_refusals(what):
+    "One line that says what is wrong, for what no chapter tries"
+    f, kind, text = refusals[what]
+    with pytest.raises(kind, match=text) as e: f()
+    assert '\n' not in str(e.value)
+
+def test_a_codec_that_nobody_knows(tmp_path):
+    class Mine(Codec): pass
+    save_codec(Mine(), tmp_path/'c.safetensors'); del Mine; gc.collect()
+    with pytest.raises(ValueError, match='holds a Mine, which is not known here'): load_codec(tmp_path/'c.safetensors')
+
+def test_one_picture_is_no_folder(tmp_path):
+    Image.new('RGB', (9, 9)).save(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='at least two are needed'): image_folder(tmp_path, 8)

@@ -99,6 +99,7 @@ def test_resume_with_guards_is_exact(tmp_path, every, kills):
         again, s2, log2 = run(tmp_path/f'{i}', every=every)
         assert torch.equal(whole, again) and torch.equal(log.curve(), log2.curve()) and s.scale == s2.scale
         assert [e for e in s2.events if e['what'] != 'resumed'] == s.events
+        assert any(e['what'] == 'resumed' and e['step'] >= every for e in s2.events)
 
 def test_checkpoints_do_not_carry_a_second_copy(tmp_path):
     "Where the copy is due with the checkpoint, the guards add next to nothing to the file"

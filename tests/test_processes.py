@@ -1,6 +1,7 @@
 "Two processes make the run that one makes: the network copied to both, going on from its own checkpoint, then cut up between them."
 import os, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import psutil, torch
 
 def train(folder, accelerator=None, stop=None, steps=8):
@@ -12,12 +13,15 @@ def train(folder, accelerator=None, stop=None, steps=8):
     from spectral_diffusion.unets import UNet
     class Stopped:
         def after_step(self, s): assert s.step != stop
+    first = []; begun = SimpleNamespace(after_step=lambda s: first.append(s.step))
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1), cosine(), 'v', .5), EMA(.9), Log()
     try:
         s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g,
-                callbacks=[ema, log, Stopped(), Checkpoints(folder, 3)], accelerator=accelerator)
-    except AssertionError: return
+                callbacks=[ema, log, begun, Stopped(), Checkpoints(folder, 3)], accelerator=accelerator)
+    except AssertionError: s = None
+    if accelerator: assert first[0] == (4 if stop == 7 else 7 if stop is None else 1), first   # from its own checkpoint
+    if s is None: return
     return log.curve(), torch.cat([p.flatten() for p in ema.model.parameters()]), s
 
 def main(folder, how):

@@ -1,5 +1,5 @@
 "Every long call has a clock: a real bar by hand, progress.json under a runner, nothing in tests; and one clock at a time."
-import io, itertools, os, tempfile, time
+import io, itertools, os, random, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch, tqdm, tqdm.auto
@@ -129,7 +129,9 @@ def test_file_under_a_runner(name, tmp_path, monkeypatch):
 
 def test_same_numbers_with_and_without(hand):
     "A clock draws no random number and changes no result"
+    before = torch.get_rng_state(), random.getstate()
     with_clock = {k: samplers[k](D, x, g, generator=gen()).x for k in samplers}; os.environ['IN_TEST'] = '1'
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
     try:
         for k, v in with_clock.items(): assert torch.equal(v, samplers[k](D, x, g, generator=gen()).x), k
     finally: del os.environ['IN_TEST']

@@ -13,17 +13,18 @@ def train(folder, steps=10, every=2):
     from spectral_diffusion.unets import UNet
     torch.manual_seed(0); g = torch.Generator().manual_seed(0)
     D, ema, log = Denoiser(UNet(2, 1, 16, (1,2), 1, dropout=.2), cosine(), 'v', .5), EMA(.9), Log()
-    fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g,
-        callbacks=[ema, log, Checkpoints(folder, every, shard=2**18)])
-    return torch.cat([x.double().flatten()
-                      for x in (*D.state_dict().values(), *ema.model.state_dict().values(), log.curve())])
+    s = fit(D, Batches(digits().train, 16, g, flip=True), steps, generator=g,
+            callbacks=[ema, log, Checkpoints(folder, every, shard=2**18)])
+    begun = ([0] + [e['step'] for e in s.events if e['what'] == 'resumed'])[-1]
+    return begun, torch.cat([x.double().flatten()
+                             for x in (*D.state_dict().values(), *ema.model.state_dict().values(), log.curve())])
 
 def child(folder, out=None):
     "Train in a forked process; its pid"
     if pid := os.fork(): return pid
     try:
-        x = train(folder)
-        if out: out.write_bytes(x.numpy().tobytes())
+        begun, x = train(folder)
+        if out: out.with_suffix('.from').write_text(str(begun)); out.write_bytes(x.numpy().tobytes())
         os._exit(0)
     finally: os._exit(1)
 
@@ -43,13 +44,16 @@ def main(root, kills):
     # once, before the forks
     import torch._dynamo, torch.distributed.checkpoint.state_dict, sklearn.datasets, \
            spectral_diffusion.training, spectral_diffusion.unets, spectral_diffusion.data
-    torch.set_num_threads(1); rng, how = random.Random(0), []
+    from spectral_diffusion.checkpoints import Store
+    torch.set_num_threads(1); rng, how, begun = random.Random(0), [], []
     t0 = time.time(); os.waitpid(child(root/'whole', root/'whole.bin'), 0); seconds = time.time()-t0
     for i in range(kills):
         folder, out = root/f'run{i}', root/f'run{i}.bin'
         for _ in range(rng.randint(1, 2)): how.append(kill(child(folder), folder, rng, seconds))
-        os.waitpid(child(folder, out), 0)
+        kept = Store(folder).steps(); os.waitpid(child(folder, out), 0)
         assert out.read_bytes() == (root/'whole.bin').read_bytes(), f'run {i} differs after a kill {how[-1]}'
+        begun.append(int(out.with_suffix('.from').read_text())); assert begun[-1] == max(kept, default=0), (begun, kept)
+    assert any(begun)                                                                # and not all from the beginning
     print(kills, 'runs,', ', '.join(f'{how.count(k)} killed {k}' for k in sorted({*how})))
     assert how.count('in a save') and how.count('at a random time')
 

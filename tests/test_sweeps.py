@@ -174,9 +174,11 @@ def test_commands_say_one_line(lab, monkeypatch):
     "Bad input, and a report that fails, under a runner's environment too"
     make_report(lab, '00_cells', "1/0")
     monkeypatch.setenv('SDIFF_QUIET', '1')
-    for args in (['00_cells', '-p', 'm', '1'], ['00_cells', '--engine', 'slurm', '--timeout-min', '1'], ['nothing']):
+    for args, text in ((['00_cells', '-p', 'm', '1'], "no parameter 'm'"), (['nothing'], 'there are: 00_cells'),
+                       (['00_cells', '--engine', 'slurm', '--timeout-min', '1'], 'slurm')):
         p = start(lab, *args); out, _ = p.communicate(timeout=120)
         assert p.returncode==1 and out.count('\n')==1 and 'Traceback' not in out and not (lab/'runs').exists(), out
+        assert text in out
     p = start(lab, '00_cells', name='sdiff_run'); out, _ = p.communicate(timeout=120)
     assert p.returncode==1 and 'Traceback' not in out and 'ZeroDivisionError' in out.splitlines()[-1], out
 
