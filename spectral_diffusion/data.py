@@ -99,8 +99,8 @@ def show(
 
 # %% ../nbs/08_data.ipynb #b7ca8790
 def _one_each(x, y):
-    if y is not None and len(y) != len(x):
-        raise ValueError(f'{len(y)} labels or conditions for {len(x)} items: give one for each')
+    for v in y.values() if isinstance(y, dict) else [] if y is None else [y]:
+        if len(v) != len(x): raise ValueError(f'{len(v)} labels or conditions for {len(x)} items: give one for each')
 
 # %% ../nbs/08_data.ipynb #b7ca878b
 @dataclass(repr=False)
