@@ -8,7 +8,7 @@ __all__ = ['faults', 'FrozenEMA', 'Fence', 'Rollback', 'Guard', 'SpikeGuard', 'r
            'resident', 'MemoryGuard']
 
 # %% ../nbs/16_guards.ipynb #d7922aea
-import copy, math, os, torch, warnings
+import math, os, torch, warnings
 from collections import deque
 from contextlib import nullcontext
 from itertools import product
@@ -23,6 +23,7 @@ from .schedules import cosine
 from .denoisers import Denoiser, aim
 from .data import Batches, digits, to_field
 from .unets import UNet
+from .checkpoints import cloned
 from .training import denoising_loss, fit
 
 # %% ../nbs/16_guards.ipynb #c43de731
@@ -53,8 +54,8 @@ class Fence:
         return mid, max(self.k*1.4826*sorted(abs(v-mid) for v in w)[len(w)//2], self.least)
     def levels(self):
         "Typical norm, and the largest that is no outlier"
-        return (tuple(math.exp(min(v, 700.)) for v in (self.stats()[0], sum(self.stats())))
-                if len(self.logs) >= self.first else (math.inf, math.inf))
+        if len(self.logs) < self.first: return math.inf, math.inf
+        mid, room = self.stats(); return tuple(math.exp(min(v, 700.)) for v in (mid, mid + room))
     def __call__(self, norm):
         x = math.log(max(norm, 1e-38))
         mid, room = self.stats() if len(self.logs) >= self.first else (x, 0.)
@@ -91,7 +92,7 @@ class Rollback:
                 and all(c.well(self.s) for c in self.s.callbacks if hasattr(c, 'well')))
     def take(self):
         self.good, self.tries = None, 0
-        self.good = _everywhere(self.s.accelerator, copy.deepcopy(self.s.state_dict()))
+        self.good = _everywhere(self.s.accelerator, cloned(self.s.state_dict()))
     def keep(self):
         self.calm += 1
         if self.s.scale < 1 and self.calm >= self.heal:
@@ -117,7 +118,7 @@ def back(self:Rollback):
         raise FloatingPointError(f'step {at}: {why}, after {self.tries-1} returns to step '
                                  f'{self.good["counts"]["step"]} (lr is now {s.lr:.2g}): '
                                  'check the data, or start with a lower lr')
-    good = copy.deepcopy(self.good)                                   # the optimiser will own what it loads
+    good = cloned(self.good)                                          # the optimiser will own what it loads
     onward = {i: c.state_dict() for i,c in s._keepers().items() if getattr(c, 'onward', False)}
     s.load_state_dict({**good, 'callbacks': {**good['callbacks'], **onward}}, where=False)
     s.scale, s.sick, self.calm, self.moved = scale, None, 0, False

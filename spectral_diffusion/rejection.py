@@ -16,7 +16,7 @@ from .runs import progress
 from .fourier import noise_like
 from .schedules import draw_t
 from .denoisers import bottleneck, mean_of
-from .samplers import Sample, check_grid
+from .samplers import Sample, check_eta, check_grid
 from .metrics import bootstrap
 from .embeddings import LogSNREmbedding
 from .unets import layer, norm, zero
@@ -43,7 +43,7 @@ def down(schedule, # its alpha and sigma
          generator=None # source of that noise
         ) -> Tensor: # x_s
     "A step of `sample_ddim` at times of each item's own"
-    if not 0 <= eta <= 1: raise ValueError(f'eta={eta} is a share of the noise: give 0 to 1')
+    check_eta(eta)
     (a,b), (a_,b_), X, X0 = schedule.coeffs(t, x), schedule.coeffs(s, x), schedule.to(x), schedule.to(x0)
     new = eta*b_*(1 - (a*b_/(a_*b))**2).clamp(min=0).sqrt()
     return schedule.back(a_*X0 + (b_**2 - new**2).sqrt()*(X - a*X0)/b + new*noise_like(X, generator))
@@ -92,7 +92,7 @@ def thresholds(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
         x0, l = judge(denoiser, log_ratio, x, t); logs.append(l.double())
     level, step = (torch.stack(logs).diff(dim=0, n=n).quantile(q, dim=1) for n in (0,1))
     return Limits(level, torch.cat([level[:1], step]), len(grid),
-                  denoiser.schedule.logsnr(torch.as_tensor(grid).double().cpu()))
+                  denoiser.schedule.logsnr(grid))
 
 # %% ../nbs/19_rejection.ipynb #b65b5f60
 def _axes(ax, xlabel):
@@ -158,7 +158,7 @@ def sample_diffrs(denoiser, # D(x_t, t) -> x0_hat, with a `schedule`
     if limits is None:
         limits = thresholds(denoiser, log_ratio, x_T[:256], grid, q, eta, generator)
         asked = N*min(B, 256)
-    lam, mean = denoiser.schedule.logsnr(grid.double().cpu()), mean_of(denoiser)
+    lam, mean = denoiser.schedule.logsnr(grid), mean_of(denoiser)
     if len(limits.level) != N or limits.logsnr is not None and not torch.allclose(limits.logsnr.cpu().double(), lam):
         raise ValueError(f'these limits are of another grid, of {len(limits.level)} times: '
                          f'measure them on this one, of {N}')

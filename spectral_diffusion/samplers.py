@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'tableaus', 'sample_euler', 'sample_midpoint', 'sample_heun2', 'sample_heun3', 'sample_rk4', 'sample_heun',
            'spaces', 'GL', 'sample_dpmpp2m', 'sample_dpmpp3m', 'samplers', 'stochastic', 'adaptive', 'stages', 'Asker',
-           'check_grid', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'sample_exp', 'sample_dpmpp',
+           'check_grid', 'check_eta', 'sample_ddim', 'Within', 'sample_ddpm', 'sample_rk', 'sample_exp', 'sample_dpmpp',
            'sample_unipc', 'renoise', 'sample_edm', 'sample_adaptive', 'sample_restart', 'grid_size', 'unrespaced',
            'smooth_bands', 'warp_grid', 'optimize_grid']
 
@@ -82,9 +82,14 @@ def _march(plan, denoiser, x_T, grid, generator, callback, jump):
         if up: X = _lin((1., X), (up[i], noise_like(X, generator)))
 
 # %% ../nbs/06_samplers.ipynb #d3accdcf
+def check_eta(eta # noise that is renewed
+             ):
+    "Refuse what is no share"
+    if not 0 <= eta <= 1: raise ValueError(f'eta={eta} is a share of the noise: give 0 to 1')
+
 def _renew(a, b, eta):
     "Share of X that is kept, and fresh noise (None: none), for every step of a grid"
-    if not 0 <= eta <= 1: raise ValueError(f'eta={eta} is a share of the noise: give 0 to 1')
+    check_eta(eta)
     up = eta*b[1:]*(1 - (a[:-1]*b[1:]/(a[1:]*b[:-1]))**2).clamp(min=0).sqrt()
     return (b[1:]**2 - up**2).sqrt()/b[:-1], up if eta else None
 

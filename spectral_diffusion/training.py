@@ -79,7 +79,7 @@ def call(s, # the `TrainState`
 def rng_state() -> dict:
     "Where the global random number generators stand: torch, every GPU, numpy, Python"
     kind, keys, *rest = np.random.get_state(); py = random.getstate()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all(),
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
                 numpy=[kind, keys.tolist(), *rest], python=[py[0], list(py[1]), py[2]])
 
 def set_rng_state(r # from `rng_state`
@@ -124,8 +124,9 @@ def state_dict(self:TrainState) -> dict: # nested, tensors and plain values
     where = dict(rng=rng_state(), generator=self.generator and self.generator.get_state(),
                  **{k: o.state_dict() if hasattr(o, 'state_dict') else None
                     for k,o in (('data', self.data), ('loss', self.loss_fn))})
-    return dict(model=dcp.get_model_state_dict(net, **whole),
-                opt=dcp.get_optimizer_state_dict(net, opt, **whole) if opt.state else None,
+    model, moments = (dcp.get_state_dict(net, opt, **whole) if opt.state else
+                      (dcp.get_model_state_dict(net, **whole), None))
+    return dict(model=model, opt=moments,
                 idle=[i for i,p in enumerate(net.parameters()) if p not in opt.state],     # nobody used them yet
                 where=where, callbacks={i: c.state_dict() for i,c in self._keepers().items()},
                 counts=dict(step=self.step, items=self.items, scale=self.scale), events=self.events)

@@ -476,16 +476,13 @@ def mixing_macs(net:nn.Module, # a network
     "Work that mixes channels, in space and in frequency; a copy of the network is asked"
     n, net = dict(spatial=0, spectral=0), copy.deepcopy(net).eval()
     def count(m, i, o):
-        d = 0 if isinstance(m, ModeMatrix) else o.ndim - 2
         if isinstance(m, ModeMatrix): n['spectral'] += 4*o[0].numel()
-        elif type(m).__name__ == 'Step':                    # below: `repeat_conv` does not call its layer; 4 weights for 3
-            if m.up and all(a == 2*b for a, b in zip(o.shape[2:], i[0].shape[2:])):
-                n['spatial'] += m.conv.weight.numel()//3**d*4**d*i[0][:,0].numel()
-        elif d > 0:
+        elif hasattr(m, 'macs'): n['spatial'] += m.macs(i[0], o)
+        elif o.ndim > 2:
             n['spatial'] += m.weight.numel()*(i[0].numel()//m.in_features if isinstance(m, nn.Linear)
                                               else (i[0] if m.transposed else o)[:,0].numel())
     for m in net.modules():
-        if isinstance(m, (ModeMatrix, nn.Linear, nn.modules.conv._ConvNd)) or type(m).__name__ == 'Step':
+        if isinstance(m, (ModeMatrix, nn.Linear, nn.modules.conv._ConvNd)) or hasattr(m, 'macs'):
             m.register_forward_hook(count)
     with torch.no_grad(): net(*args)
     return n
@@ -691,8 +688,10 @@ class Step(nn.Module):
                 ): super().__init__(); self.conv,self.up = conv, up
     def forward(self, h, e, size=None):
         if not self.up: return self.conv(h)
-        return (repeat_conv(self.conv, h) if all(n == 2*m for n, m in zip(size, h.shape[2:]))
-                else self.conv(F.interpolate(h, size)))
+        return repeat_conv(self.conv, h) if self.doubles(h, size) else self.conv(F.interpolate(h, size))
+    def doubles(self, h, size): return self.up and all(n == 2*m for n, m in zip(size, h.shape[2:]))
+    def macs(self, h, y): # of what `repeat_conv` does without calling the layer: with 4 weights per dim for 3
+        return self.conv.weight.numel()//3**(h.ndim-2)*4**(h.ndim-2)*h[:,0].numel()*self.doubles(h, y.shape[2:])
 
 # %% ../nbs/12_unets.ipynb #93a4e988
 class VolumeUNet(nn.Module):

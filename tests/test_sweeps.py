@@ -175,7 +175,7 @@ def test_commands_say_one_line(lab, monkeypatch):
     make_report(lab, '00_cells', "1/0")
     monkeypatch.setenv('SDIFF_QUIET', '1')
     for args, text in ((['00_cells', '-p', 'm', '1'], "no parameter 'm'"), (['nothing'], 'there are: 00_cells'),
-                       (['00_cells', '--engine', 'slurm', '--timeout-min', '1'], 'slurm')):
+                       (['00_cells', '--engine', 'slurm', '--timeout-min', '1'], 'choose timeout_min >= 3')):
         p = start(lab, *args); out, _ = p.communicate(timeout=120)
         assert p.returncode==1 and out.count('\n')==1 and 'Traceback' not in out and not (lab/'runs').exists(), out
         assert text in out
