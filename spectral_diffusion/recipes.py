@@ -60,6 +60,7 @@ class Recipe:
     nfe:int = 20 # times of the grid: as many questions, with Heun's method 2 nfe - 1
     # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
     guide:float = 1.
+    keep:float = 0. # how far the guide leaves the power of each ring of frequencies as it was without it, 0 to 1
     early:float = .2 # share of the steps after which the average is kept to be guided against
     codec = 'pixels' # recipes of volumes know others
 
@@ -128,6 +129,8 @@ def loss_weight(r:Recipe, # of which
 # %% ../nbs/21_recipes.ipynb #93906a7f
 add(replace(recipes['small-spectral'], name='small-guided', source='the most from a few minutes',
             batch=32, steps=1250, opt=Muon, lr=.02, ema=.99, guide=2.5))
+add(replace(recipes['small-guided'], name='small-balanced',
+            source='small-guided, guided more, and its power held', guide=3., keep=.75))
 
 # %% ../nbs/21_recipes.ipynb #78e6bb8b
 add(Recipe('edm', "aimed at Karras et al. 2022, table 2: CIFAR-10, unconditional, FID 1.97",
@@ -214,7 +217,7 @@ def _keep(r, run, seed, steps, callbacks, *data):
     "Callbacks, and in a run twenty checkpoints, or one every thousand steps, behind those with a state; for this training alone"
     if not run: return callbacks
     held = [c for c in callbacks if hasattr(c, 'state_dict') and not getattr(c, 'behind', False)]
-    about = 'source', 'params', 'digits', 'sampler', 'grid', 'nfe', 'best', 'fate'          # not of the training
+    about = 'source', 'params', 'digits', 'sampler', 'grid', 'nfe', 'keep', 'best', 'fate'  # not of the training
     said = {f.name: _said(getattr(r, f.name)) for f in fields(r) if f.name not in about}
     same = {k: v for k, v in said.items() if ' at 0x' not in v} | dict(seed=seed, data=fingerprint(*data))
     name = r.name if len(r.name) < 80 and '/' not in r.name else hashlib.sha256(r.name.encode()).hexdigest()[:16]
@@ -239,7 +242,7 @@ def train(r:Recipe, # what to train
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
                 generator=gen(2), opt=r.opt, rate=r.rate,
                 callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps, callbacks, data.train)])
-    guided = Guided(ema.model, scale=r.guide, against=early[0].model) if early else ema.model
+    guided = Guided(ema.model, scale=r.guide, against=early[0].model, keep=r.keep) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
 # %% ../nbs/21_recipes.ipynb #dba934d2
@@ -323,6 +326,7 @@ class VolumeRecipe:
     grid:Callable=_uniform # (schedule, questions) -> falling times
     nfe:int=20 # times of the grid
     guide:float=1. # as in `Recipe`
+    keep:float=0. # as in `Recipe`
     early:float=.2 # as in `Recipe`
     best:float|None=None # the seed's best validation loss, flow target
     fate:str='' # what became of it
@@ -438,7 +442,7 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
                 [*ema, log, *early, *_keep(r, run, seed, steps, callbacks, *data)], r.opt)
     model = ema[0].model if ema else D
-    guided = Guided(model, scale=r.guide, against=early[0].model) if early else model
+    guided = Guided(model, scale=r.guide, against=early[0].model, keep=r.keep) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)
 
 # %% ../nbs/21_recipes.ipynb #3867b668

@@ -150,7 +150,7 @@ def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     for i in range(330): Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)).save(f'my_pictures/{i}.png')
     block, = re.findall('```python\n(.*?)```', (root/'README.md').read_text(), re.S)
-    for old, new in (("'small-guided'", "'small-guided', steps=4, batch=4, nfe=4"), ('size=32', 'size=16')):
+    for old, new in (("'small-balanced'", "'small-balanced', steps=4, batch=4, nfe=4"), ('size=32', 'size=16')):
         assert block.count(old) == 1; block = block.replace(old, new)
     exec(block, {})
     assert capsys.readouterr().out.startswith('verdict: ')
