@@ -202,7 +202,7 @@ key_claims = { # report -> claim -> the same in plain words; the front page keep
             "share of the seed's six faults that fail in their own check, which passes without them",
         'sound runs (E1, ours without its guide) that the triage calls broken':
             'runs without these faults that the triage calls broken all the same'},
-    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours',
+    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours (small-guided)',
         **{f'{_lib}{k}': f'the same, {k}' for k in ('smalldiffusion', 'denoising-diffusion-pytorch', 'diffusers')},
         f'{_lib[:-2]}: intervals apart': 'are the intervals of all three above ours?'},
     '03_spectral_benchmark': {

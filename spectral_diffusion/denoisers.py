@@ -8,7 +8,7 @@ __all__ = ['Denoiser', 'aim', 'bottleneck', 'Gaussian', 'wiener_floor', 'Linear'
 # %% ../nbs/05_denoisers.ipynb #a987f6a6
 import math, torch
 from torch import nn, Tensor
-from .fourier import band_mean, bands, hartley, same_size
+from .fourier import band_mean, bands, full_precision, hartley, same_size
 from .schedules import Schedule, check_times, from_target, target_row, to_target, _d
 
 # %% ../nbs/05_denoisers.ipynb #d870f434
@@ -189,11 +189,13 @@ def match_power(x:Tensor, # fields, (B, C, *S)
                 like:Tensor, # others of the same shape
                 share:float=1. # how far to go, in decibels: 0 is x as it is
                ) -> Tensor: # x, louder at some frequencies and softer at others
-    "x with the power that `like` has in each ring of frequencies, field by field, or part of the way there"
-    if x.ndim < 3: raise ValueError(f'power per ring of frequencies needs fields (B, C, *S), not {tuple(x.shape)}')
-    idx, X = bands(x.shape[2:]).to(x.device), hartley(x)
-    have, want = (band_mean(V.square().mean(1), idx) for V in (X, hartley(like)))
-    return hartley(X*((want/have.clamp(min=1e-20))**(share/2))[:,None][...,idx])
+    "x with the power that `like` has in each ring of frequencies, all channels together, or part of the way there"
+    if x.ndim < 3 or x.shape != like.shape:
+        raise ValueError('power per ring of frequencies needs fields (B, C, *S) of one shape, '
+                         f'not {tuple(x.shape)} and {tuple(like.shape)}')
+    idx, X, Y = bands(x.shape[2:]).to(x.device), *(hartley(full_precision(v)) for v in (x, like))
+    have, want = (band_mean(V.square().mean(1), idx).clamp(min=1e-20) for V in (X, Y))
+    return hartley(X*((want/have)**(share/2))[:,None][...,idx]).to(x.dtype)
 
 # %% ../nbs/05_denoisers.ipynb #feb4eb22
 class Guided(nn.Module):
@@ -201,7 +203,7 @@ class Guided(nn.Module):
     def __init__(self,
         denoiser, # D(x_t, t, cond) -> x0_hat; with cond None it is told nothing
         cond=None, # condition of the batch, as the denoiser takes it
-        scale:float=1., # w: 0 is the other's answer (told nothing, or worse), 1 its own, more exaggerates
+        scale:float=1., # w: 0 is the other's answer (told nothing, or worse), 1 its own, more exaggerates; before `keep`
         interval:tuple=(-math.inf, math.inf), # log-SNR, lowest and highest, between which w is used; elsewhere it is 1
         against=None, # a worse denoiser, told the same; None: the same denoiser, told nothing
         keep:float=0. # how far to go back to the power that w = 1 has in each ring of frequencies, 0 to 1; see `match_power`
