@@ -8,7 +8,7 @@ __all__ = ['predicts', 'to_step', 'to_time', 'schedule_of', 'Wrapped', 'wrap', '
            'to_tensorboard']
 
 # %% ../nbs/23_interop.ipynb #6d98dfc9
-import time, torch
+import math, time, torch
 from calendar import timegm
 from types import SimpleNamespace
 from torch import nn, Tensor
@@ -186,12 +186,13 @@ class Pictures(torch.utils.data.Dataset):
 # %% ../nbs/23_interop.ipynb #92a0877d
 def scalars(log # events in order, from `load_run(...).log` or from lines of log.jsonl
            ): # yields (tag, value, step, seconds since 1970)
-    "Every number that a run logged with a step"
+    "Every finite number that a run logged with a step"
     t0 = 0
     for e in log:
         if e['event'] == 'start': t0 = timegm(time.strptime(e['at'], '%Y-%m-%dT%H:%M:%SZ'))
         for k, v in e.items():
-            if 'step' in e and k not in ('t', 'step') and isinstance(v, (int, float)) and not isinstance(v, bool):
+            number = isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+            if 'step' in e and k not in ('t', 'step') and number:
                 yield f"{e['event']}/{k}", v, e['step'], t0 + e['t']
 
 # %% ../nbs/23_interop.ipynb #09d09379
