@@ -196,13 +196,13 @@ def saved(nb # a report
 
 # %% ../nbs/27_book.ipynb #f1e1d511
 _lib, _vol = 'KID-efflite0, NFE 50, ', 'volumes, a minute of training: KID'
-key_claims = { # report -> claim -> the same in plain words; the front page keeps the order
+key_claims = { # report -> claim -> the same in plain words, with its {fields}; the front page keeps the order
     '00_quickstart': {'KID-efflite0': 'minutes of training on two cores: KID (the goal is below noise)'},
     '04_baseline_e1': {'share of the six whose own check fails, and passes on the sound run':
             "share of the seed's six faults that fail in their own check, which passes without them",
         'sound runs (E1, ours without its guide) that the triage calls broken':
             'runs without these faults that the triage calls broken all the same'},
-    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours (small-guided)',
+    '10_peers': {f'{_lib}ours': 'five minutes of training: KID, ours ({recipe})',
         **{f'{_lib}{k}': f'the same, {k}' for k in ('smalldiffusion', 'denoising-diffusion-pytorch', 'diffusers')},
         f'{_lib[:-2]}: intervals apart': 'are the intervals of all three above ours?'},
     '03_spectral_benchmark': {
@@ -238,7 +238,7 @@ def told(m # a metrics.json
         ) -> list: # claims, named in plain words
     "What a report found, for somebody who has not read it"
     by_name = {c.name: c for c in m.claims}
-    return [AttrDict(by_name[k], name=words) for k, words in key_claims.get(m.report, {}).items()]
+    return [AttrDict(by_name[k], name=words.format(**by_name[k])) for k, words in key_claims.get(m.report, {}).items()]
 
 # %% ../nbs/27_book.ipynb #5e01eac1
 def facts(folder # reports/results/NAME

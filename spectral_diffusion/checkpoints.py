@@ -7,7 +7,7 @@ __all__ = ['refuse_pickle', 'sync', 'durable', 'flatten', 'unflatten', 'cloned',
            'save_weights', 'load_weights', 'follow', 'apart', 'kept']
 
 # %% ../nbs/14_checkpoints.ipynb #6186bde5
-import errno, hashlib, json, multiprocessing, operator, os, re, secrets, shutil, signal, sys, threading, time
+import copy, errno, hashlib, json, multiprocessing, operator, os, re, secrets, shutil, signal, sys, threading, time
 import torch, traceback, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -104,12 +104,13 @@ def unflatten(
 
 # %% ../nbs/14_checkpoints.ipynb #c10e0002
 def cloned(
-    state, # nested dicts, lists and tuples of tensors, numbers, strings, None
+    state, # nested dicts, lists and tuples, of anything
 ): # the same, on memory of its own
     "A copy that nobody else writes into"
     if torch.is_tensor(state): return state.detach().clone()
     if isinstance(state, dict): return {k: cloned(v) for k,v in state.items()}
-    return type(state)(map(cloned, state)) if isinstance(state, (list, tuple)) else state
+    if type(state) in (list, tuple): return type(state)(map(cloned, state))
+    return state if isinstance(state, (int, float, str, type(None))) else copy.deepcopy(state)
 
 # %% ../nbs/14_checkpoints.ipynb #7cb8416a
 def pack(
