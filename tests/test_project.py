@@ -204,11 +204,14 @@ def test_workflow_faults_are_seen(old, new, fault):
 def test_full_size_is_built():
     "The quickstart's network for a GPU, on the meta device: no memory, but every shape"
     import torch
+    from functools import partial
+    from spectral_diffusion.recipes import recipe
     from spectral_diffusion.unets import UNet, n_params
-    space = dict(size='full', seed=0, steps=0, digits=None, photos=None)
+    space = dict(size='full', seed=0, steps=0, digits=None, photos=None, partial=partial, recipe=recipe, UNet=UNet)
     exec(next(c for c in cells(root/'reports'/'00_quickstart.ipynb') if 'sizes = dict(' in c), space)
-    with torch.device('meta'): net = UNet(2, **space['s']['net'])
-    assert n_params(net) == 29_698_563
+    schedule = (r := space['r']).schedule()
+    with torch.device('meta'): net = r.net(3, schedule)
+    assert n_params(net) == r.params and r.bf16
     assert net(torch.empty(2, 3, 32, 32, device='meta'), torch.empty(2, device='meta')).shape == (2, 3, 32, 32)
 
 def test_tables_of_the_front_page_are_fresh(monkeypatch):
