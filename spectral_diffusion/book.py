@@ -197,7 +197,7 @@ def saved(nb # a report
 # %% ../nbs/27_book.ipynb #f1e1d511
 _lib, _vol = 'KID-efflite0, NFE 50, ', 'volumes, a minute of training: KID'
 key_claims = { # report -> claim -> the same in plain words, with its {fields}; the front page keeps the order
-    '00_quickstart': {'KID-efflite0': 'minutes of training on two cores: KID (the goal is below noise)'},
+    '00_quickstart': {'KID-efflite0': 'minutes of training on two cores: KID, {recipe} (the goal is below noise)'},
     '04_baseline_e1': {'share of the six whose own check fails, and passes on the sound run':
             "share of the seed's six faults that fail in their own check, which passes without them",
         'sound runs (E1, ours without its guide) that the triage calls broken':
