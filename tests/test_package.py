@@ -52,15 +52,15 @@ def test_base_modules_need_base_packages():
             | {'pil'})    # Pillow comes with matplotlib
     for m in base: assert {n.lower() for n in top_level(m)} <= deps, (m, top_level(m) - deps)
 
-@pytest.mark.parametrize('what', [base, ['experiments']], ids=['library', 'runner'])
-def test_imports_are_fast(what):
-    "Less than two seconds of work for the whole library, and for what the commands import, beyond torch itself"
-    code = ("import time, importlib, torch; t = time.process_time(); "
+@pytest.mark.parametrize('what,most', [(base, .7), (['experiments'], 1.6)], ids=['library', 'runner'])
+def test_imports_are_fast(what, most):
+    "The whole library, and what the commands import, against torch's own import in the same process: no host's pace"
+    code = ("import time, importlib; t = time.process_time(); import torch; u = time.process_time(); "
             f"[importlib.import_module('spectral_diffusion.' + m) for m in {what}]; "
-            "print(time.process_time() - t)")
+            "print((time.process_time() - u)/(u - t))")
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd='/')
     assert r.returncode == 0, r.stderr
-    assert float(r.stdout) < 2, r.stdout
+    assert float(r.stdout) < most, r.stdout
 
 def test_version():
     "One number in three places"
