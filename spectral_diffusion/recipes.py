@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import SimpleNamespace
 from torch import Tensor
+
+# %% ../nbs/21_recipes.ipynb #3b3664ad
 from .runs import Run, progress
 from .fourier import psd_of
 from .schedules import (Schedule, coloured, cosine, ddpm_cosine, ddpm_linear, edm, flow, grid_edm,
@@ -25,7 +27,8 @@ from .volumes import CaseBatches, Cases
 from .embeddings import StepEmbedding
 from .unets import UNet, UNetCifar32, VolumeUNet, n_params
 from .transformers import dit
-from .training import EMA, Checkpoints, Early, Log, Muon, adamw, denoising_loss, fit, flat, lr_scale
+from .training import (EMA, Checkpoints, Clock, Early, Log, Muon, adamw, denoising_loss, fit,
+                                         flat, lr_scale)
 from .codecs import Codec, Encoded, latent_shape
 from .conditioning import SDA, Conditioned, ScoreAug, SizeWeighted, modes, network
 
@@ -230,18 +233,18 @@ def train(r:Recipe, # what to train
           seed:int=0, # of everything random
           run:Run=None, # whose log and checkpoints; None: neither
           callbacks=(), # more of them
-          device='cpu' # where
+          device='cpu', # where
+          minutes:float=0 # of training by the clock, instead of the recipe's steps; 0: the steps
          ) -> SimpleNamespace: # model (the average), guided (what to draw from), online, batches, log, state
     "Train a recipe; with a run, the same call goes on where a killed one stopped"
-    torch.manual_seed(seed)
-    gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
+    torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     x = to_field(data.train[:5000])
     D = denoiser(r, data.shape[0], x.std().item(), psd_of(x) if r.units == 'frequencies' else None).to(device)
     ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
-    early = [Early(ema, r.early)]*(r.guide != 1)
+    early, clock = [Early(ema, r.early)]*(r.guide != 1), [Clock(minutes)] if minutes else []
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
                 generator=gen(2), opt=r.opt, rate=r.rate,
-                callbacks=[ema, log, *early, *_keep(r, run, seed, r.steps, callbacks, data.train)])
+                callbacks=[*clock, ema, log, *early, *_keep(r, run, seed, r.steps, callbacks, data.train)])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model, keep=r.keep) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -419,7 +422,8 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
                   seed:int=0, # of everything random
                   run:Run=None, # whose log and checkpoints; None: neither
                   callbacks=(), # more of them
-                  device='cpu' # where
+                  device='cpu', # where
+                  minutes:float=0 # of training by the clock, instead of steps; 0: the steps
                  ) -> SimpleNamespace: # model (the average, if there is one), guided (what to draw from), online, log, state
     "Train a recipe of volumes, at whatever size the cases have; with a run, the same call goes on after a kill"
     if (codec is None) != (r.codec == 'pixels'):
@@ -435,12 +439,13 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
     D = _united(r, r.net(), r.schedule(), *_measured(r, cases)).to(device)
-    log, ema = Log(run), [EMA(r.ema)] if r.ema else []; early = [Early(*ema, r.early)]*(r.guide != 1)
+    log, ema, clock = Log(run), [EMA(r.ema)] if r.ema else [], [Clock(minutes)] if minutes else []
+    early = [Early(*ema, r.early)]*(r.guide != 1)
     data = [*filter(torch.is_tensor, cases), *(codec.state_dict().values() if codec else ())]
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*ema, log, *early, *_keep(r, run, seed, steps, callbacks, *data)], r.opt)
+                [*clock, *ema, log, *early, *_keep(r, run, seed, steps, callbacks, *data)], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model, keep=r.keep) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

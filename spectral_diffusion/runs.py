@@ -341,7 +341,7 @@ class _Bar:
     def __init__(self, l):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=l.total, desc=l.desc, initial=l.first, leave=not l.after); self.bar.start_t = l.t0
-    def show(self, l): self.bar.n = l.done; self.bar.set_postfix_str(l.note)
+    def show(self, l): self.bar.n, self.bar.total = l.done, l.total; self.bar.set_postfix_str(l.note)
     def close(self): self.bar.close()
 
 class _File:
@@ -373,9 +373,11 @@ def _around(frame):
 # %% ../nbs/01_runs.ipynb #94f517cd
 class _Loop:
     "A loop under way: who runs it, how far it is, and the clock that shows it"
-    def __init__(self, frame, outer, clock, every=.5, **kw): # kw: total, desc, first, after, count
+    def __init__(self, frame, outer, clock, every=.5, **kw): # kw: length, desc, first, after, count
         vars(self).update(frame=frame, outer=outer, clock=_Note if outer else clock, every=every, **kw)
         self.n,self.note,self.shown,self.t0,self.last,self.pid = self.first,'',None,time.time(),-math.inf,os.getpid()
+    @property
+    def total(self): return self.length() if callable(self.length) else self.length
     @property
     def done(self):
         n = self.count() if self.count else self.n
@@ -404,7 +406,7 @@ _said = None # a list while a test listens
 
 def progress(
     it,         # what to loop over
-    total=None, # its length, if `len` does not tell
+    total=None, # its length, if `len` does not tell; a function where it changes on the way
     desc='',    # one word for the bar
     initial=0,  # how many were done before, by a run that this one resumes
     after=0.,   # seconds before anything is shown, for calls that mostly are over by then; their bar goes at the end
@@ -412,7 +414,7 @@ def progress(
 ):
     "Loop over `it` with a clock: a bar by hand, `progress.json` under a runner, nothing in tests"
     if total is None and hasattr(it, '__len__'): total = len(it)
-    kw = dict(total=total, desc=desc, first=initial, after=after, count=count)
+    kw = dict(length=total, desc=desc, first=initial, after=after, count=count)
     if _said is not None: return _tell(it, **kw|dict(after=0., every=0., clock=_Said))
     if os.environ.get('SDIFF_QUIET'): return _tell(it, clock=_File, **kw) if Run.current else it
     return it if os.environ.get('IN_TEST') else _tell(it, clock=_Bar, **kw)

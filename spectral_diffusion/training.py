@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['denoising_loss', 'lr_scale', 'flat', 'adamw', 'Stop', 'call', 'rng_state', 'set_rng_state', 'TrainState', 'share',
            'mean_over', 'spread', 'next_batch', 'grad_norm', 'divide', 'fit', 'keep_memory', 'polar', 'Muon', 'EMA',
-           'Early', 'Log', 'LiveLoss', 'Checkpoints']
+           'Early', 'Log', 'LiveLoss', 'Checkpoints', 'Clock']
 
 # %% ../nbs/15_training.ipynb #5664365c
 import ctypes, math, random, time, warnings, numpy as np, torch, matplotlib.pyplot as plt
@@ -214,7 +214,7 @@ def divide(n:int, # parts
 # %% ../nbs/15_training.ipynb #bc9e2f35
 def fit(denoiser:Denoiser, # trained in place
         data, # endless iterable of clean fields (B, C, *S), or of pairs (fields, condition)
-        steps:int, # optimiser steps
+        steps:int, # optimiser steps; with a `Clock`, its first guess
         lr:float=1e-3, # peak learning rate
         density=None, # where to train: u -> log-SNR; None: uniform t
         weight=None, # log-SNR -> weight of a squared x0 error; None: plain error of the target
@@ -244,7 +244,7 @@ def fit(denoiser:Denoiser, # trained in place
     peaks = [g['lr'] for g in s.opt.param_groups]
     call(s, callbacks, 'ready')
     try:
-        for _ in progress(s.counting(), steps, 'train', s.step):
+        for _ in progress(s.counting(), lambda: s.steps, 'train', s.step):
             x0, cond = next_batch(batches, s, dev)
             t, eps = draw_t(denoiser.schedule, len(x0), density, generator).to(dev), noise_like(x0, generator)
             s.items += len(x0); s.skip, s.clip = False, clip
@@ -254,13 +254,14 @@ def fit(denoiser:Denoiser, # trained in place
                     share_of_loss = loss(denoiser, *part, weight).mean()/accumulate
                 share_of_loss.backward(); s.loss = s.loss + share_of_loss.detach()
             s.norm = grad_norm(params); s.loss = mean_over(accelerator, s.loss)
-            f = rate(s.step-1, steps, min(warmup, steps//5)); s.lr = lr*s.scale*f
+            f = rate(s.step-1, s.steps, min(warmup, s.steps//5)); s.lr = lr*s.scale*f
             for g, peak in zip(s.opt.param_groups, peaks): g['lr'] = peak*s.scale*f
             call(s, callbacks, 'before_step')
-            if s.step % 20 == 1 or s.step == steps: s.check()             # looking costs a GPU time
+            if s.step % 20 == 1 or s.step == s.steps: s.check()           # looking costs a GPU time
             if not s.skip: nn.utils.clip_grads_with_norm_(params, s.clip, s.norm); s.opt.step()
             call(s, callbacks, 'after_step')
-    except Stop: s.check()
+    except Stop: pass
+    s.check()
     if accelerator: denoiser.net = accelerator.unwrap_model(denoiser.net)
     denoiser.eval(); call(s, callbacks, 'after')
     return s
@@ -349,22 +350,25 @@ class EMA:
 
 # %% ../nbs/15_training.ipynb #70eab981
 class Early:
-    "Keep the average as it was after a share of the steps; put it behind the EMA"
+    "Keep the average as it was after a share of the training; put it behind the EMA"
     def __init__(self,
         ema:EMA, # whose average
-        share:float=.2 # of the steps, 0 to 1
+        share:float=.2 # of the steps, or of a `Clock`'s time, 0 to 1
     ):
         if not 0 < share < 1: raise ValueError(f'share={share} must lie between 0 and 1: it is a part of the steps')
-        self.ema,self.share = ema,share
-    def before(self, s): self.model, self.at = deepcopy(self.ema.model), max(1, round(self.share*s.steps))
+        self.ema,self.share,self.at = ema,share,None
+    def due(self, s): return max(1, round(self.share*s.steps))
+    def before(self, s): self.model = deepcopy(self.ema.model)
     def after_step(self, s):
-        if s.step == self.at: self.model.load_state_dict(self.ema.model.state_dict())
+        if self.at is None and s.step >= self.due(s):
+            self.at = s.step; self.model.load_state_dict(self.ema.model.state_dict())
     def after(self, s):
-        if s.step < self.at:
-            raise RuntimeError(f'training ended at step {s.step}, before step {self.at} '
+        if self.at is None:
+            raise RuntimeError(f'training ended at step {s.step}, before step {self.due(s)} '
                                f'at which the early average is kept: lower share={self.share}')
-    def state_dict(self): return dict(self.model.state_dict())
-    def load_state_dict(self, state): self.model.load_state_dict(state)
+    def state_dict(self): return dict(at=self.at, model=dict(self.model.state_dict()))
+    def load_state_dict(self, state): self.at = state['at']; self.model.load_state_dict(state['model'])
+
 
 # %% ../nbs/15_training.ipynb #4430bf27
 class Log:
@@ -466,3 +470,23 @@ class Checkpoints:
         if s.step % self.every == 0: self.save(s)
     def after(self, s):
         if self.saved != s.step: self.save(s)
+
+# %% ../nbs/15_training.ipynb #c10c0002
+class Clock:
+    "Train for so long: after each step, guess anew how many steps there will be; put it first"
+    def __init__(self,
+        minutes:float # of training, with all that callbacks do; time away, before a run goes on, does not count
+    ):
+        if not minutes > 0: raise ValueError(f'minutes={minutes}: a training by the clock needs more than 0')
+        self.minutes,self.spent = minutes,0.
+    def before(self, s): self.s, s.config['minutes'] = s, self.minutes
+    def ready(self, s): self.last = time.monotonic()
+    def after_step(self, s):
+        now = time.monotonic(); self.spent += now - self.last; self.last = now
+        if a := s.accelerator:                                                      # all processes end together
+            self.spent = mean_over(a, torch.tensor(self.spent, dtype=torch.float64, device=a.device)).item()
+        s.steps = max(s.step, math.ceil(s.step*60*self.minutes/max(self.spent, 1e-9)))
+    def state_dict(self): return dict(spent=self.spent, steps=self.s.steps)
+    def load_state_dict(self, state):
+        self.s.steps, self.spent = state['steps'], max(self.spent, state['spent'])  # to go back gives no time back
+

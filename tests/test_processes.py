@@ -24,6 +24,19 @@ def train(folder, accelerator=None, stop=None, steps=8):
     if s is None: return
     return log.curve(), torch.cat([p.flatten() for p in ema.model.parameters()]), s
 
+def by_the_clock(acc):
+    "A second of training, of which the second process believes that half is over: steps and time of this one"
+    from spectral_diffusion.data import Batches, digits
+    from spectral_diffusion.denoisers import Denoiser
+    from spectral_diffusion.schedules import cosine
+    from spectral_diffusion.training import Clock, fit
+    from spectral_diffusion.unets import UNet
+    torch.manual_seed(0); D, clock = Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5), Clock(1/60)
+    clock.spent = .5*acc.process_index
+    s = fit(D, Batches(digits().train, 16, torch.Generator().manual_seed(0)), 1000,
+            generator=torch.Generator().manual_seed(0), callbacks=[clock], accelerator=acc)
+    return s.step, clock.spent
+
 def main(folder, how):
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -32,6 +45,9 @@ def main(folder, how):
         acc.state.distributed_type, acc.state.fsdp_plugin = (
             DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True))
     result = train(folder/'run', acc, dict(copied=5, again=7).get(how))
+    if how == 'again':
+        steps, spent = by_the_clock(acc); both = acc.gather(torch.tensor([steps])).tolist()
+        assert both == [steps]*2 and spent >= 1 and steps > 2, (both, spent)                    # they end together
     if how == 'sharded':
         local = next(result[2].denoiser.parameters())
         assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up

@@ -143,14 +143,15 @@ def test_readme_is_rendered():
     assert r.returncode == 0, r.stderr
 
 def test_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    "As it stands there, with a tiny folder and a few steps"
+    "As it stands there, with a tiny folder and two seconds"
     from PIL import Image
     import matplotlib, numpy as np
     matplotlib.use('agg'); monkeypatch.chdir(tmp_path); (tmp_path/'my_pictures').mkdir()
     rng = np.random.default_rng(0)
     for i in range(330): Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)).save(f'my_pictures/{i}.png')
     block, = re.findall('```python\n(.*?)```', (root/'README.md').read_text(), re.S)
-    for old, new in (("'small-balanced'", "'small-balanced', steps=4, batch=4, nfe=4"), ('size=32', 'size=16')):
+    for old, new in (("'small-balanced'", "'small-balanced', batch=4, nfe=4"), ('size=32', 'size=16'),
+                     ('minutes=10', 'minutes=.03')):
         assert block.count(old) == 1; block = block.replace(old, new)
     exec(block, {})
     assert capsys.readouterr().out.startswith('verdict: ')
