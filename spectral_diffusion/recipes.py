@@ -224,7 +224,8 @@ def _keep(r, run, seed, steps, callbacks, *data):
     said = {f.name: _said(getattr(r, f.name)) for f in fields(r) if f.name not in about}
     same = {k: v for k, v in said.items() if ' at 0x' not in v} | dict(seed=seed, data=fingerprint(*data))
     name = r.name if len(r.name) < 80 and '/' not in r.name else hashlib.sha256(r.name.encode()).hexdigest()[:16]
-    return [*held, Checkpoints(run.folder/'checkpoints'/f'{name}-{seed}', min(1000, max(1, steps//20)), config=same),
+    every = min(1000, max(1, steps//20)) if steps else 0                                    # 0: by the clock
+    return [*held, Checkpoints(run.folder/'checkpoints'/f'{name}-{seed}', every, config=same),
             *(c for c in callbacks if c not in held)]
 
 # %% ../nbs/21_recipes.ipynb #5729c095
@@ -243,8 +244,8 @@ def train(r:Recipe, # what to train
     ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
     early, clock = [Early(ema, r.early)]*(r.guide != 1), [Clock(minutes)] if minutes else []
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
-                generator=gen(2), opt=r.opt, rate=r.rate,
-                callbacks=[*clock, ema, log, *early, *_keep(r, run, seed, r.steps, callbacks, data.train)])
+                generator=gen(2), opt=r.opt, rate=r.rate, callbacks=[
+                    *clock, ema, log, *early, *_keep(r, run, seed, r.steps*(not clock), callbacks, data.train)])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model, keep=r.keep) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -436,6 +437,7 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     if r.guide != 1 and not r.ema: raise ValueError(f"recipe '{r.name}' is guided by an earlier average: set ema, too")
     if cases.mask is None and r.mode != 'unconditional':
         raise ValueError(f"recipe '{r.name}' needs masks and these cases have none: take an unconditional one")
+    if steps and minutes: raise ValueError('train for so many steps or for so many minutes, not for both')
     torch.manual_seed(seed); gen = lambda k: torch.Generator().manual_seed(1000*seed + k)
     batches = CaseBatches(cases, r.batch, gen(1), modes[r.mode if r.mode in modes else 'bravo'].batch)
     D = _united(r, r.net(), r.schedule(), *_measured(r, cases)).to(device)
@@ -445,7 +447,7 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*clock, *ema, log, *early, *_keep(r, run, seed, steps, callbacks, *data)], r.opt)
+                [*clock, *ema, log, *early, *_keep(r, run, seed, steps*(not clock), callbacks, *data)], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model, keep=r.keep) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

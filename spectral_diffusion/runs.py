@@ -341,7 +341,10 @@ class _Bar:
     def __init__(self, l):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=l.total, desc=l.desc, initial=l.first, leave=not l.after); self.bar.start_t = l.t0
-    def show(self, l): self.bar.n, self.bar.total = l.done, l.total; self.bar.set_postfix_str(l.note)
+    def show(self, l):
+        self.bar.n, self.bar.total = l.done, l.total
+        if hasattr(self.bar, 'container'): self.bar.container.children[1].max = l.total or 1     # a notebook's
+        self.bar.set_postfix_str(l.note)
     def close(self): self.bar.close()
 
 class _File:

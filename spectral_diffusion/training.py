@@ -355,10 +355,10 @@ class Early:
         ema:EMA, # whose average
         share:float=.2 # of the steps, or of a `Clock`'s time, 0 to 1
     ):
-        if not 0 < share < 1: raise ValueError(f'share={share} must lie between 0 and 1: it is a part of the steps')
-        self.ema,self.share,self.at = ema,share,None
+        if not 0 < share < 1: raise ValueError(f'share={share} must lie between 0 and 1: it is a part of the training')
+        self.ema,self.share = ema,share
     def due(self, s): return max(1, round(self.share*s.steps))
-    def before(self, s): self.model = deepcopy(self.ema.model)
+    def before(self, s): self.model, self.at = deepcopy(self.ema.model), None
     def after_step(self, s):
         if self.at is None and s.step >= self.due(s):
             self.at = s.step; self.model.load_state_dict(self.ema.model.state_dict())
@@ -430,7 +430,7 @@ class Checkpoints:
     "Save the whole state now and then; the same call of `fit` goes on from it"
     def __init__(self,
         folder, # of its own
-        every:int=1000, # steps between saves
+        every:int=1000, # steps between saves; 0: twenty in all, wherever the training ends
         keep:int=3, # newest ones to keep; the best is kept too
         score=None, # state -> number, lower is better; None: no best
         config=None, # what else identifies the run, JSON values
@@ -449,6 +449,7 @@ class Checkpoints:
         else:
             state = s.state_dict(); size = lambda o: sum(t.nbytes for t in flatten(o)[1].values())
             if s.main: self.store.preflight(size(state) + 2*size(state['model'])*(state['opt'] is None))   # and moments
+        self.part = s.step*20//max(s.steps, 1)
     def resume(self, s):
         c = self.store.load(); old = dict(c.config)
         diff = ', '.join(f'{k}={old.get(k)!r}' for k in {**old, **self.config} if old.get(k) != self.config.get(k))
@@ -466,27 +467,34 @@ class Checkpoints:
             warnings.warn(f'no checkpoint at step {s.step}, training goes on: {e}')
         if s.accelerator: s.accelerator.wait_for_everyone()
         self.saved = s.step
+    def due(self, s):
+        if self.every: return s.step % self.every == 0
+        was, self.part = self.part, s.step*20//max(s.steps, 1)
+        return self.part > was
     def after_step(self, s):
-        if s.step % self.every == 0: self.save(s)
+        if self.due(s): self.save(s)
     def after(self, s):
         if self.saved != s.step: self.save(s)
 
 # %% ../nbs/15_training.ipynb #c10c0002
 class Clock:
-    "Train for so long: after each step, guess anew how many steps there will be; put it first"
+    "Train for so long: after each step, guess anew how many steps there will be; the first of the callbacks"
     def __init__(self,
         minutes:float # of training, with all that callbacks do; time away, before a run goes on, does not count
     ):
-        if not minutes > 0: raise ValueError(f'minutes={minutes}: a training by the clock needs more than 0')
-        self.minutes,self.spent = minutes,0.
-    def before(self, s): self.s, s.config['minutes'] = s, self.minutes
+        self.minutes = float(minutes)
+        if not 0 < self.minutes < math.inf: raise ValueError(f'minutes={minutes}: give a number above 0')
+    def before(self, s):
+        if s.callbacks[0] is not self: raise ValueError('put Clock in front: the others go by what it guesses')
+        self.s,self.spent,self.first = s,0.,0.; s.config['minutes'] = self.minutes
     def ready(self, s): self.last = time.monotonic()
     def after_step(self, s):
-        now = time.monotonic(); self.spent += now - self.last; self.last = now
-        if a := s.accelerator:                                                      # all processes end together
+        now, a = time.monotonic(), s.accelerator; self.spent += now - self.last; self.last = now
+        if a and a.num_processes > 1:                                               # they end together
             self.spent = mean_over(a, torch.tensor(self.spent, dtype=torch.float64, device=a.device)).item()
-        s.steps = max(s.step, math.ceil(s.step*60*self.minutes/max(self.spent, 1e-9)))
-    def state_dict(self): return dict(spent=self.spent, steps=self.s.steps)
-    def load_state_dict(self, state):
-        self.s.steps, self.spent = state['steps'], max(self.spent, state['spent'])  # to go back gives no time back
+        if s.step == 1: self.first = self.spent
+        else: s.steps = 1 + math.ceil((s.step-1)*(60*self.minutes - self.first)/max(self.spent - self.first, 1e-9))
+        s.steps = s.step if self.spent >= 60*self.minutes else max(s.steps, s.step+1)
+    def state_dict(self): return dict(spent=self.spent, first=self.first, steps=self.s.steps)
+    def load_state_dict(self, state): vars(self).update(state, last=time.monotonic()); self.s.steps = self.steps
 

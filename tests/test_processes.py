@@ -32,9 +32,9 @@ def by_the_clock(acc):
     from spectral_diffusion.training import Clock, fit
     from spectral_diffusion.unets import UNet
     torch.manual_seed(0); D, clock = Denoiser(UNet(2, 1, 8, (1,), 1), cosine(), 'v', .5), Clock(1/60)
-    clock.spent = .5*acc.process_index
+    ahead = SimpleNamespace(ready=lambda s: setattr(clock, 'spent', .5*acc.process_index))
     s = fit(D, Batches(digits().train, 16, torch.Generator().manual_seed(0)), 1000,
-            generator=torch.Generator().manual_seed(0), callbacks=[clock], accelerator=acc)
+            generator=torch.Generator().manual_seed(0), callbacks=[clock, ahead], accelerator=acc)
     return s.step, clock.spent
 
 def main(folder, how):
@@ -47,7 +47,7 @@ def main(folder, how):
     result = train(folder/'run', acc, dict(copied=5, again=7).get(how))
     if how == 'again':
         steps, spent = by_the_clock(acc); both = acc.gather(torch.tensor([steps])).tolist()
-        assert both == [steps]*2 and spent >= 1 and steps > 2, (both, spent)                    # they end together
+        assert both == [steps]*2 and spent >= 1, (both, spent)                                  # they end together
     if how == 'sharded':
         local = next(result[2].denoiser.parameters())
         assert local.to_local().numel()*2 == local.numel() and acc.num_processes == 2        # really cut up
