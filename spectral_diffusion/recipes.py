@@ -64,7 +64,7 @@ class Recipe:
     # how far to exaggerate what training changed since `early`; 1: not at all, and one question per step instead of two
     guide:float = 1.
     keep:float = 0. # how far the guide leaves the power of each ring of frequencies as it was without it, 0 to 1
-    early:float = .2 # share of the steps after which the average is kept to be guided against
+    early:float = .2 # share of the training after which the average is kept to be guided against
     codec = 'pixels' # recipes of volumes know others
 
 # %% ../nbs/21_recipes.ipynb #207bdaff
@@ -216,16 +216,15 @@ def effort(r:Recipe, # of which
     return lam, e/torch.trapezoid(e, lam).abs()
 
 # %% ../nbs/21_recipes.ipynb #5729c093
-def _keep(r, run, seed, steps, callbacks, *data):
-    "Callbacks, and in a run twenty checkpoints, or one every thousand steps, behind those with a state; for this training alone"
+def _keep(r, run, seed, callbacks, *data):
+    "Callbacks, and in a run checkpoints behind those with a state; for this training alone"
     if not run: return callbacks
     held = [c for c in callbacks if hasattr(c, 'state_dict') and not getattr(c, 'behind', False)]
     about = 'source', 'params', 'digits', 'sampler', 'grid', 'nfe', 'keep', 'best', 'fate'  # not of the training
     said = {f.name: _said(getattr(r, f.name)) for f in fields(r) if f.name not in about}
     same = {k: v for k, v in said.items() if ' at 0x' not in v} | dict(seed=seed, data=fingerprint(*data))
     name = r.name if len(r.name) < 80 and '/' not in r.name else hashlib.sha256(r.name.encode()).hexdigest()[:16]
-    every = min(1000, max(1, steps//20)) if steps else 0                                    # 0: by the clock
-    return [*held, Checkpoints(run.folder/'checkpoints'/f'{name}-{seed}', every, config=same),
+    return [*held, Checkpoints(run.folder/'checkpoints'/f'{name}-{seed}', config=same),
             *(c for c in callbacks if c not in held)]
 
 # %% ../nbs/21_recipes.ipynb #5729c095
@@ -244,8 +243,8 @@ def train(r:Recipe, # what to train
     ema, log, batches = EMA(r.ema, r.warm), Log(run), Batches(data.train, r.batch, gen(1), flip=r.flip)
     early, clock = [Early(ema, r.early)]*(r.guide != 1), [Clock(minutes)] if minutes else []
     state = fit(D, batches, r.steps, r.lr, r.density, loss_weight(r, D), r.warmup, r.clip, bf16=r.bf16,
-                generator=gen(2), opt=r.opt, rate=r.rate, callbacks=[
-                    *clock, ema, log, *early, *_keep(r, run, seed, r.steps*(not clock), callbacks, data.train)])
+                generator=gen(2), opt=r.opt, rate=r.rate,
+                callbacks=[*clock, ema, log, *early, *_keep(r, run, seed, callbacks, data.train)])
     guided = Guided(ema.model, scale=r.guide, against=early[0].model, keep=r.keep) if early else ema.model
     return SimpleNamespace(model=ema.model, guided=guided, online=D, batches=batches, log=log, state=state)
 
@@ -447,7 +446,7 @@ def train_volumes(r:VolumeRecipe, # what to train; `replace(r, net=...)` for a s
     epoch = max(1, len(cases.image)//r.batch); steps = steps or r.epochs*epoch
     state = fit(D, Encoded(batches, codec) if codec else batches, steps, r.lr, r.density, loss_weight(r, D),
                 r.warmup*epoch, r.clip, r.loss, r.bf16 and torch.device(device).type == 'cuda', gen(2),
-                [*clock, *ema, log, *early, *_keep(r, run, seed, steps*(not clock), callbacks, *data)], r.opt)
+                [*clock, *ema, log, *early, *_keep(r, run, seed, callbacks, *data)], r.opt)
     model = ema[0].model if ema else D
     guided = Guided(model, scale=r.guide, against=early[0].model, keep=r.keep) if early else model
     return SimpleNamespace(model=model, guided=guided, online=D, log=log, state=state)

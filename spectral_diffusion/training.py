@@ -430,7 +430,7 @@ class Checkpoints:
     "Save the whole state now and then; the same call of `fit` goes on from it"
     def __init__(self,
         folder, # of its own
-        every:int=1000, # steps between saves; 0: twenty in all, wherever the training ends
+        every:int=0, # steps between saves; 0: twenty in all, wherever the training ends, and one every thousand steps
         keep:int=3, # newest ones to keep; the best is kept too
         score=None, # state -> number, lower is better; None: no best
         config=None, # what else identifies the run, JSON values
@@ -468,9 +468,8 @@ class Checkpoints:
         if s.accelerator: s.accelerator.wait_for_everyone()
         self.saved = s.step
     def due(self, s):
-        if self.every: return s.step % self.every == 0
         was, self.part = self.part, s.step*20//max(s.steps, 1)
-        return self.part > was
+        return s.step % (self.every or 1000) == 0 or not self.every and self.part > was
     def after_step(self, s):
         if self.due(s): self.save(s)
     def after(self, s):
